@@ -1,0 +1,1 @@
+"""What a direction means: banks, scores, calibration, verdicts, policies. Knows no HTTP."""

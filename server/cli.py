@@ -1,0 +1,56 @@
+"""`undertow`: one command, composed here from the subcommands of `guard` and `server`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from guard.errors import InputError, UndertowError
+
+COMMANDS = (
+    "guard.commands.organism",
+    "guard.commands.bank",
+    "guard.commands.calibrate",
+    "server.commands.config",
+    "server.commands.demo",
+    "server.commands.up",
+    "server.commands.serve",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Subcommands import their heavy parts only when they run."""
+    parser = argparse.ArgumentParser(
+        prog="undertow",
+        description="Guard a fine-tuned language model while it serves: read what fine-tuning added to its weights, "
+        "watch those directions in the residual stream of every request, and stop a generation that moves where no "
+        "clean request moved.",
+        epilog="Start with `undertow demo`. Each command explains itself: `undertow COMMAND --help`.",
+    )
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(name).add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except InputError as error:
+        print(f"undertow: {error}", file=sys.stderr)
+        return 2
+    except UndertowError as error:
+        print(f"undertow: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("undertow: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The server's subcommands of `undertow`. Each module offers `add_parser(subparsers)`."""
