@@ -11,7 +11,8 @@
     ├── OrganismError               a trained organism missed its admission bar
     └── EngineError                 the guard inside vLLM cannot do its work
         ├── UnsupportedEngineError  a vLLM version or feature that cannot be scored yet
-        └── UnscoredError           a token passed without a score
+        ├── UnscoredError           a token passed without a score
+        └── EvidenceError           what the engine says of a request cannot be read
 
 Messages name the file, key or field, the value found and what was expected. They never hold secrets or prompts.
 """
@@ -65,3 +66,7 @@ class UnsupportedEngineError(EngineError):
 
 class UnscoredError(EngineError):
     """A token passed through the model without a score."""
+
+
+class EvidenceError(EngineError):
+    """What the engine says of a request cannot be read."""

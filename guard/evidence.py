@@ -1,0 +1,141 @@
+"""What the engine tells the server about a request: versioned, small, JSON. Pure, torch-free.
+
+One HTTP request can hold several sequences (several prompts, `n > 1`): one `Record` each. Nothing here is an activation
+or a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from guard.errors import EvidenceError
+from guard.policy import Action, Mode
+from guard.verdict import DetectorName, Phase
+
+EVIDENCE_VERSION: Literal[1] = 1
+
+REQUEST_HEADER = "x-undertow-evidence"
+"""Request header (any value) that asks the engine for evidence; response header that carries it in a full response."""
+STREAM_PREFIX = ": undertow "
+"""SSE comment that carries evidence in a stream: once before the first chunk, once before `[DONE]`."""
+STATUS_PATH = "/undertow/status"
+"""Where the engine's API process says what its workers guard with (a `Status` as JSON)."""
+POLICY_ARGUMENT = "undertow_policy"
+"""Key in `vllm_xargs` that carries `Policy.to_wire()`."""
+
+
+class _Wire(BaseModel):
+    # A score can be NaN (and then is never a pass); JSON's own null would lose that.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class ScoreEvidence(_Wire):
+    """The largest score of one detector in one phase so far, held against its threshold."""
+
+    detector: DetectorName
+    phase: Phase
+    score: Annotated[float, Field(allow_inf_nan=True)]
+    threshold: float
+    p_value: float
+    position: int
+    layer: int
+    direction: str | None = None
+
+
+class Record(_Wire):
+    """One sequence: what of it was scored and what was decided."""
+
+    prompt_index: int = 0
+    choice_index: int = 0
+    prompt_tokens: int
+    tokens_scored: int
+    """Leading tokens of the sequence that have a score. A finished sequence of p prompt and c completion tokens needs
+    p + c - 1: the last token sampled never enters the model."""
+    mode: Mode
+    action: Action
+    reason: str = ""
+    phase: Phase | None = None
+    """The phase that decided; None for `allow` and for what could not be scored."""
+    detector: DetectorName | None = None
+    unscorable: str | None = None
+    scores: tuple[ScoreEvidence, ...] = ()
+
+
+class Evidence(_Wire):
+    """Everything the engine knows about one HTTP request, at one moment."""
+
+    version: Literal[1] = EVIDENCE_VERSION
+    fingerprint: str
+    """Of the bank."""
+    records: tuple[Record, ...]
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return self.model_dump_json(exclude_defaults=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Evidence:
+        """Raises EvidenceError, never with the text in its message."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise EvidenceError(f"evidence from the engine is not valid at {where}: {first['msg']}") from error
+
+
+class DetectorStatus(_Wire):
+    """What a detector can promise with the calibration that is loaded."""
+
+    detector: DetectorName
+    supported_fpr: float
+    """The smallest false-positive rate that its calibration supports."""
+
+
+class WorkerStatus(_Wire):
+    """What one worker guards with."""
+
+    rank: int
+    fingerprint: str
+    calibration: str
+    """Digest of the calibration file's content."""
+    layers: tuple[int, ...]
+    """Watched decoder layers whose op was seen to run."""
+    reserved_token_id: int
+    detectors: tuple[DetectorStatus, ...]
+    undertow_version: str
+    vllm_version: str
+    dtype: str
+    requests_judged: int
+    tokens_scored: int
+    unscorable: int
+
+
+class Status(_Wire):
+    """What every worker of one engine guards with; the server's handshake."""
+
+    version: Literal[1] = EVIDENCE_VERSION
+    workers: tuple[WorkerStatus, ...]
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Status:
+        """Raises EvidenceError."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise EvidenceError(f"status from the engine is not valid: {error.error_count()} errors") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Tokens that needed a score against tokens that have one."""
+
+    needed: int
+    scored: int
+
+    @property
+    def complete(self) -> bool:
+        return self.scored >= self.needed
