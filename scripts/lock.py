@@ -1,0 +1,115 @@
+"""Resolve requirements/*.in into requirements/*.lock: exact versions, the whole closure, a hash for every file.
+
+`make lock` runs this with the pinned uv. One resolution serves CPython 3.11 to 3.14 on Linux x86_64 and aarch64.
+Nothing is downloaded but metadata: a CUDA lock can be made on a laptop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "requirements"
+
+CPU_HEADER = """\
+# Undertow on a machine without a GPU. Written by `make lock` from pyproject.toml and cpu.in: do not edit.
+#     pip install --no-deps --require-hashes -r requirements/cpu.lock
+# torch's +cpu build is not on PyPI. Where pip does not find it: --extra-index-url https://download.pytorch.org/whl/cpu
+# LEFT OUT ON PURPOSE, so install with --no-deps: torchvision, torchaudio, torchcodec and triton. As PyPI ships them
+# they are built for the CUDA torch, and beside a CPU torch `import transformers` dies of them. See cpu-overrides.txt.
+"""
+CUDA_HEADER = """\
+# Undertow on a machine with an NVIDIA GPU (CUDA 13, driver 580 or newer). Written by `make lock` from pyproject.toml
+# and cuda.in: do not edit.
+#     pip install --no-deps --require-hashes -r requirements/cuda.lock
+# RESOLVED FROM METADATA, NOT RUN: no test has installed this lock on a GPU yet.
+"""
+DEV_HEADER = """\
+# What tests and checks need beyond cpu.lock or cuda.lock; installed on top of either. Written by `make lock` from
+# dev.in: do not edit. It holds no package of those two, so it cannot disagree with them.
+"""
+SERVER_HEADER = """\
+# What the proxy alone needs: no torch, no vLLM. For docker/server.Dockerfile. Written by `make lock` from
+# pyproject.toml: do not edit. The versions are those of cpu.lock, so the image runs what the tests ran.
+"""
+
+
+# The marker that says no more than "environments" in pyproject.toml; on every line it would only be noise.
+EVERYWHERE = " ; (platform_machine == 'aarch64' or platform_machine == 'x86_64') and sys_platform == 'linux'"
+
+
+def pins(lock: str) -> dict[str, str]:
+    """What a lock pins: name, as pip normalises it, to version."""
+    found = re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;]+)", lock, re.M)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+
+def resolve(uv: str, sources: list[str], *options: str, prefer: str = "") -> str:
+    """One `uv pip compile`; returns the pins, without any trace of where this machine gets its packages.
+
+    The versions in `prefer` are kept where they fit.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "lock.txt")
+        output.write_text(prefer)
+        command = [uv, "pip", "compile", "--universal", "--python-version=3.11", "--fork-strategy=fewest"]
+        command += ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+        command += ["--quiet", f"--output-file={output}", *options, *sources]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return output.read_text().replace(EVERYWHERE, "")
+
+
+def write(name: str, header: str, body: str) -> None:
+    Path(REQUIREMENTS, name).write_text(f"{header}\n{body}")
+    print(f"requirements/{name}: {len(pins(body))} packages")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--uv", default="uv", help="the uv to run")
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions, not those already locked")
+    arguments = parser.parse_args()
+
+    def locked(name: str) -> str:
+        lock = REQUIREMENTS / name
+        return "" if arguments.upgrade or not lock.exists() else lock.read_text()
+
+    uv: str = arguments.uv
+    torch = "".join(line for line in (REQUIREMENTS / "torch-cpu.txt").open() if not line.startswith("#"))
+    cpu = resolve(
+        uv,
+        ["pyproject.toml", "requirements/cpu.in"],
+        "--extra=weights",
+        "--override=requirements/cpu-overrides.txt",
+        prefer=locked("cpu.lock"),
+    )
+    # torch comes first: where pip cannot find it, the set-up learns so at once.
+    write("cpu.lock", CPU_HEADER, torch + cpu)
+
+    cuda = resolve(uv, ["pyproject.toml", "requirements/cuda.in"], "--extra=weights", prefer=locked("cuda.lock") or cpu)
+    write("cuda.lock", CUDA_HEADER, cuda)
+
+    shared = dict(pins(cpu).items() & pins(cuda).items())
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.writelines(f"{name}=={version}\n" for name, version in shared.items())
+        constraints.flush()
+        constrain = f"--constraint={constraints.name}"
+        leave_out = [f"--no-emit-package={name}" for name in sorted(shared)]
+        dev = resolve(uv, ["requirements/dev.in"], constrain, *leave_out, prefer=locked("dev.lock"))
+        server = resolve(uv, ["pyproject.toml"], constrain)
+    if overlap := pins(dev).keys() & (pins(cpu).keys() | pins(cuda).keys()):
+        # One package, two versions: name it in cpu.in and cuda.in, so that both decide for the same one.
+        print(f"dev.lock and a runtime lock disagree about {', '.join(sorted(overlap))}", file=sys.stderr)
+        return 1
+    write("dev.lock", DEV_HEADER, dev)
+    write("server.lock", SERVER_HEADER, server)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
