@@ -1,0 +1,213 @@
+"""What is known of every sequence in the engine: its scores so far, its verdicts, the decision."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from guard.calibration import Calibration
+from guard.engine.runner_v1 import Rows
+from guard.errors import CalibrationError, ConfigError
+from guard.evidence import Record, ScoreEvidence
+from guard.policy import Decision, Policy, decide
+from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict, judge
+
+KEPT = 4096
+"""How many finished sequences are remembered, so that their evidence can still be asked for."""
+
+# vLLM's ids: `chatcmpl-KEY-RANDOM`, `cmpl-KEY-PROMPT-RANDOM`, with `CHOICE_` in front where n > 1.
+_SEQUENCE = re.compile(r"(?:(?P<choice>\d+)_)?(?P<kind>chatcmpl|cmpl)-(?P<key>[0-9a-f]{32})(?:-(?P<prompt>\d+))?-\w{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which HTTP request a sequence belongs to, and which prompt and choice of it."""
+
+    key: str
+    prompt: int = 0
+    choice: int = 0
+
+    @classmethod
+    def of(cls, sequence: str) -> Identity:
+        """Read vLLM's id. An id that the middleware did not make is its own key."""
+        match = _SEQUENCE.fullmatch(sequence)
+        if match is None:
+            return cls(sequence)
+        return cls(match["key"], int(match["prompt"] or 0), int(match["choice"] or 0))
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sequence, from admission until it is forgotten."""
+
+    identity: Identity
+    policy: Policy
+    thresholds: dict[tuple[DetectorName, Phase], float]
+    stop_token: int
+    prompt_tokens: int = 0
+    scored: int = 0
+    """Leading tokens that have a score."""
+    best: dict[tuple[DetectorName, Phase], Score] = field(default_factory=dict)
+    verdicts: dict[tuple[DetectorName, Phase], Verdict] = field(default_factory=dict)
+    unscorable: str | None = None
+    decision: Decision = field(default_factory=lambda: Decision("allow"))
+
+    @property
+    def blocked(self) -> bool:
+        return self.decision.action == "block"
+
+
+class Ledger:
+    """Every sequence in the engine and the last finished ones. Lives in the worker's thread; `records` may be called
+    from another thread and sees a sequence as it was after some step."""
+
+    def __init__(self, calibration: Calibration, default_policy: Policy | None) -> None:
+        self._calibration = calibration
+        self._clean = {key: list(scores) for key, scores in calibration.clean.items()}
+        self._default = default_policy or self._target_policy(calibration)
+        self._running: dict[str, Sequence] = {}
+        self._by_key: OrderedDict[str, dict[str, Sequence]] = OrderedDict()
+        self._compile = lru_cache(maxsize=256)(self._compile_policy)
+        self.requests_judged = 0
+        self.tokens_scored = 0
+        self.unscorable = 0
+
+    @staticmethod
+    def _target_policy(calibration: Calibration) -> Policy:
+        return Policy.model_validate(
+            {"detections": {"density": {"action": "block", "threshold": {"fpr": calibration.target_fpr}}}}
+        )
+
+    def admit(self, sequence: str, policy_text: str | None, stop_token: int) -> None:
+        """A new sequence. One whose policy cannot be read is judged by the default, and can never pass in `enforce`."""
+        identity = Identity.of(sequence)
+        problem = None
+        policy = self._default
+        thresholds: dict[tuple[DetectorName, Phase], float] = {}
+        try:
+            policy, thresholds = self._compile(policy_text)
+        except (ConfigError, CalibrationError) as error:
+            problem = str(error)
+        entry = Sequence(identity, policy, thresholds, stop_token)
+        self._running[sequence] = entry
+        self._by_key.setdefault(identity.key, {})[sequence] = entry
+        self.requests_judged += 1
+        if problem is not None:
+            self._give_up(entry, problem)
+
+    def finish(self, sequences: Iterable[str]) -> None:
+        """These sequences run no more; the oldest finished ones are forgotten."""
+        for sequence in sequences:
+            entry = self._running.pop(sequence, None)
+            if entry is not None:
+                self._by_key.move_to_end(entry.identity.key)
+        excess = len(self._by_key) - len(self._running) - KEPT
+        if excess <= 0:
+            return
+        active = {entry.identity.key for entry in self._running.values()}
+        idle = [key for key in self._by_key if key not in active]
+        for key in idle[:excess]:
+            del self._by_key[key]
+
+    def cover(self, rows: Rows) -> None:
+        """Note which tokens of a sequence this step scores; a token that was passed over makes it unscorable."""
+        entry = self._running[rows.sequence]
+        entry.prompt_tokens = rows.prompt_tokens
+        if rows.first_position > entry.scored:
+            self._give_up(entry, f"tokens {entry.scored} to {rows.first_position - 1} were never computed here")
+            return
+        end = rows.first_position + rows.count
+        self.tokens_scored += max(0, end - entry.scored)
+        entry.scored = max(entry.scored, end)
+
+    def score(self, sequence: str, scores: Iterable[Score]) -> None:
+        """Add a step's scores of one sequence and judge it again where one is its largest so far."""
+        entry = self._running[sequence]
+        changed = False
+        for score in scores:
+            key = (score.detector, score.phase)
+            best = entry.best.get(key)
+            if not math.isfinite(score.value):
+                self._give_up(
+                    entry, f"{score.detector} at token {score.position} is {score.value}: the residual is not finite"
+                )
+            elif best is None or score.value > best.value:
+                entry.best[key] = score
+                changed = True
+                if key in entry.thresholds:
+                    entry.verdicts[key] = judge(score, entry.thresholds[key], self._clean[key])
+        if changed and not entry.blocked:
+            # A sequence once blocked stays blocked, for the reason it was.
+            entry.decision = decide(entry.policy, entry.verdicts.values(), entry.unscorable)
+
+    def fail(self, sequence: str, reason: str) -> None:
+        """This sequence could not be scored in this step."""
+        self._give_up(self._running[sequence], reason)
+
+    def stops(self, sequences: Iterable[str]) -> dict[str, int]:
+        """Of these sequences the blocked ones, each with the token that ends it."""
+        return {
+            sequence: self._running[sequence].stop_token for sequence in sequences if self._running[sequence].blocked
+        }
+
+    def records(self, key: str) -> list[Record]:
+        """What is known of one HTTP request's sequences, by prompt and choice."""
+        entries = list(self._by_key.get(key, {}).values())
+        entries.sort(key=lambda entry: (entry.identity.prompt, entry.identity.choice))
+        return [self._record(entry) for entry in entries]
+
+    def _record(self, entry: Sequence) -> Record:
+        verdict = entry.decision.verdict
+        return Record(
+            prompt_index=entry.identity.prompt,
+            choice_index=entry.identity.choice,
+            prompt_tokens=entry.prompt_tokens,
+            tokens_scored=entry.scored,
+            mode=entry.policy.mode,
+            action=entry.decision.action,
+            reason=entry.decision.reason,
+            phase=verdict.score.phase if verdict else None,
+            detector=verdict.score.detector if verdict else None,
+            unscorable=entry.unscorable,
+            scores=tuple(
+                ScoreEvidence(
+                    detector=verdict.score.detector,
+                    phase=verdict.score.phase,
+                    score=verdict.score.value,
+                    threshold=verdict.threshold,
+                    p_value=verdict.p_value,
+                    position=verdict.score.position,
+                    layer=verdict.score.layer,
+                    direction=verdict.score.direction,
+                )
+                for verdict in list(entry.verdicts.values())
+            ),
+        )
+
+    def _give_up(self, entry: Sequence, reason: str) -> None:
+        if entry.unscorable is None:
+            entry.unscorable = reason
+            self.unscorable += 1
+        if not entry.blocked:
+            entry.decision = decide(entry.policy, entry.verdicts.values(), entry.unscorable)
+
+    def _compile_policy(self, text: str | None) -> tuple[Policy, dict[tuple[DetectorName, Phase], float]]:
+        """A policy's text to a policy and its raw thresholds. Raises ConfigError or CalibrationError."""
+        policy = self._default if text is None else Policy.from_wire(text)
+        thresholds: dict[tuple[DetectorName, Phase], float] = {}
+        for detector in DETECTORS:
+            detection = policy.detections.get(detector)
+            for phase in PHASES:
+                if detection is not None and detection.threshold.raw is not None:
+                    thresholds[detector, phase] = detection.threshold.raw
+                else:
+                    # A detector that the policy does not name is still reported, against the calibration's own rate.
+                    fpr = self._calibration.target_fpr
+                    if detection is not None and detection.threshold.fpr is not None:
+                        fpr = detection.threshold.fpr
+                    thresholds[detector, phase] = self._calibration.threshold(detector, phase, fpr)
+        return policy, thresholds

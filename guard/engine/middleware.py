@@ -1,0 +1,121 @@
+"""Evidence in vLLM's own HTTP responses. Give it to vLLM as `--middleware guard.engine.middleware.EvidenceMiddleware`.
+
+A request that asks for evidence (`x-undertow-evidence: 1`) gets it in the answer: in a header of a full response; in a
+stream as an SSE comment before the first chunk and again before `[DONE]`. Evidence that rides the response needs no
+second connection, survives load balancers, and cannot be taken for another request's. `GET /undertow/status` says what
+every worker guards with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+
+from guard.engine.channel import EvidenceClient
+from guard.errors import EvidenceError
+from guard.evidence import REQUEST_HEADER, STATUS_PATH, STREAM_PREFIX, Evidence, Status, WorkerStatus
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger("undertow.engine")
+
+GENERATING = ("/v1/chat/completions", "/v1/completions")
+DONE = b"data: [DONE]"
+STATUS_TIMEOUT_S = 5.0
+
+
+class EvidenceMiddleware:
+    """Pure ASGI, so that streams pass through chunk by chunk."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._client: EvidenceClient | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == STATUS_PATH and scope["method"] == "GET":
+            await self._status(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] in GENERATING and REQUEST_HEADER in Headers(scope=scope):
+            await self._generate(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _status(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            workers = [answer["worker"] for answer in await self._ask_workers(scope)]
+            status = Status(workers=tuple(WorkerStatus.model_validate(worker) for worker in workers))
+            response = JSONResponse(status.model_dump(mode="json"))
+        except Exception as error:  # noqa: BLE001  (whatever went wrong in the engine, the asker must hear of it)
+            log.error("status: %s", error)
+            response = JSONResponse({"error": f"the workers gave no status: {type(error).__name__}"}, status_code=503)
+        await response(scope, receive, send)
+
+    async def _ask_workers(self, scope: Scope) -> list[dict[str, Any]]:
+        engine = scope["app"].state.engine_client
+        return [json.loads(answer) for answer in await engine.collective_rpc("undertow_status", STATUS_TIMEOUT_S)]
+
+    async def _channel(self, scope: Scope) -> EvidenceClient:
+        """The channel to the worker, opened at the first request: its address is the worker's to say."""
+        if self._client is None:
+            address = (await self._ask_workers(scope))[0]["channel"]
+            if self._client is None:  # another request may have been faster
+                self._client = EvidenceClient(address)
+        return self._client
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the request under an id that only this process knows, and add what the worker says of it."""
+        client = await self._channel(scope)
+        key = uuid.uuid4().hex
+        headers = MutableHeaders(scope=scope)
+        headers["x-request-id"] = key
+        answer = _Answer(client, key, send)
+        await self._app(scope, receive, answer.send)
+
+
+class _Answer:
+    """One response on its way out."""
+
+    def __init__(self, client: EvidenceClient, key: str, send: Send) -> None:
+        self._client, self._key, self._send = client, key, send
+        self._start: Message | None = None
+        self._streams = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = Headers(raw=message["headers"])
+            self._streams = headers.get("content-type", "").startswith("text/event-stream")
+            # Held until the first body message: only then has the engine anything to say.
+            self._start = message
+            return
+        if message["type"] == "http.response.body" and self._start is not None:
+            start, self._start = self._start, None
+            evidence = await self._evidence()
+            if self._streams:
+                await self._send(start)
+                await self._comment(evidence)
+            else:
+                if evidence is not None:
+                    MutableHeaders(raw=start["headers"])[REQUEST_HEADER] = evidence.to_json()
+                await self._send(start)
+        elif self._streams and message.get("body", b"").startswith(DONE):
+            await self._comment(await self._evidence())
+        await self._send(message)
+
+    async def _evidence(self) -> Evidence | None:
+        """What the worker knows now. None leaves the answer without evidence, which its reader takes as a failure."""
+        try:
+            evidence = await self._client.ask(self._key)
+        except EvidenceError as error:
+            log.error("no evidence for a request: %s", error)
+            return None
+        return evidence if evidence.records else None
+
+    async def _comment(self, evidence: Evidence | None) -> None:
+        if evidence is not None:
+            body = f"{STREAM_PREFIX}{evidence.to_json()}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})

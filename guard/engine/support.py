@@ -1,0 +1,59 @@
+"""Which vLLM, and which of its features, the guard can score. What it cannot is refused at start, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import vllm
+from vllm.config import CUDAGraphMode, VllmConfig
+
+from guard.errors import UnsupportedEngineError
+
+SUPPORTED_VLLM = ("0.32",)
+
+
+def check_support(config: VllmConfig) -> None:
+    """Raise UnsupportedEngineError, naming everything at once, unless every token of this engine can be scored."""
+    problems = [*_version(), *_features(config)]
+    if problems:
+        raise UnsupportedEngineError(
+            "the guard cannot score every token of this engine:\n  - " + "\n  - ".join(problems)
+        )
+
+
+def _version() -> Iterator[str]:
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in SUPPORTED_VLLM)):
+        yield f"vLLM {vllm.__version__}: supported are {', '.join(SUPPORTED_VLLM)}"
+
+
+def _features(config: VllmConfig) -> Iterator[str]:
+    """Each feature that is on and that lets a token pass unread, with the flag that turns it off."""
+    parallel, scheduler, cache = config.parallel_config, config.scheduler_config, config.cache_config
+    if config.use_v2_model_runner:
+        yield "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
+    if config.model_config.runner_type != "generate":
+        yield f"runner type `{config.model_config.runner_type}`: only `generate` is scored"
+    if cache.enable_prefix_caching:
+        yield "prefix caching (cached tokens are not computed again): add --no-enable-prefix-caching"
+    if cache.kv_sharing_fast_prefill:
+        yield "KV-sharing fast prefill (skips layers): remove --kv-sharing-fast-prefill"
+    if scheduler.async_scheduling:
+        yield "asynchronous scheduling (samples ahead of the verdict): add --no-async-scheduling"
+    if config.speculative_config is not None:
+        yield "speculative decoding: remove --speculative-config"
+    if config.lora_config is not None:
+        yield "LoRA adapters (each needs a bank of its own): remove --enable-lora"
+    if config.kv_transfer_config is not None:
+        yield "KV transfer (tokens arrive computed elsewhere): remove --kv-transfer-config"
+    if config.ec_transfer_config is not None:
+        yield "encoder-cache transfer: remove --ec-transfer-config"
+    if parallel.tensor_parallel_size > 1:
+        yield "tensor parallel: set --tensor-parallel-size 1"
+    if parallel.pipeline_parallel_size > 1:
+        yield "pipeline parallel: set --pipeline-parallel-size 1"
+    if parallel.data_parallel_size > 1:
+        yield "data parallel: run one engine per replica behind the server instead"
+    if parallel.enable_dbo or parallel.use_ubatching:
+        yield "dual-batch overlap: remove --enable-dbo"
+    if config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+        yield 'CUDA graphs: add --compilation-config \'{"cudagraph_mode": "NONE"}\''

@@ -1,0 +1,244 @@
+"""GuardWorker: one vLLM worker with the guard inside. Give it to vLLM as `--worker-cls
+guard.engine.worker.GuardWorker`.
+
+load_model      read bank and calibration, check that they belong to this model, hook the watched layers
+compile/warm up run the model once and see that every watched layer's probe ran
+execute_model   forward pass; then score every token of the step and judge every sequence
+sample_tokens   replace what was sampled for blocked sequences by a token that ends them
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.platforms import current_platform
+
+from guard.bank import Bank
+from guard.calibration import Calibration
+from guard.checkpoints import Checkpoint
+from guard.engine.channel import EvidenceServer
+from guard.engine.ledger import Ledger
+from guard.engine.probe import Probes
+from guard.engine.recorder import Keep, Recorder
+from guard.engine.runner_v1 import RunnerV1
+from guard.engine.settings import EngineSettings
+from guard.engine.step import score_step
+from guard.engine.stop import choose_reserved_token, replace_sampled, stop_token
+from guard.engine.support import check_support
+from guard.errors import BankError, CalibrationError, EngineError, UnscoredError
+from guard.evidence import POLICY_ARGUMENT, DetectorStatus, Evidence, WorkerStatus
+from guard.scores import BankSpace, Detector
+from guard.verdict import DETECTORS, DetectorName
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+log = logging.getLogger("undertow.engine")
+
+START_ROWS = 3
+"""Rows of the forward pass that proves the probes at start."""
+
+
+@dataclass(slots=True)
+class Judge:
+    """What a calibration makes of the coordinates; replaced as a whole when a calibration is loaded."""
+
+    calibration: Calibration
+    detectors: dict[DetectorName, Detector]
+    ledger: Ledger
+
+
+class GuardWorker(PlatformWorker):  # type: ignore[misc]
+    """A vLLM worker that scores every token and ends what its policy blocks."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        check_support(self.vllm_config)
+        self._settings = EngineSettings.read(self.vllm_config.additional_config)
+        self._judge: Judge | None = None
+        self._recorder: Recorder | None = None
+        self._channel: EvidenceServer | None = None
+        self._scheduled: list[str] = []
+
+    # -- start --------------------------------------------------------------------------------------------------------
+
+    def load_model(self, **keywords: Any) -> None:
+        """Load the weights, then everything that watches them. Raises InputError or EngineError where they do not
+        fit."""
+        self._bank = self._load_bank()
+        super().load_model(**keywords)
+        self._space = BankSpace.of(self._bank)
+        self._runner = RunnerV1(self.model_runner)
+        self._probes = Probes(self._runner.model, self._bank, self._runner.capacity)
+        self._reserved = choose_reserved_token(
+            self._tokenizer(), self.model_config.get_vocab_size(), self._settings.reserved_token_id
+        )
+        if self._settings.calibration is not None:
+            self.undertow_load_calibration(str(self._settings.calibration))
+        else:
+            log.warning("no calibration: this engine records for one and cannot serve")
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up, then see one forward pass go through every probe, on the path that requests take."""
+        times = super().compile_or_warm_up_model()
+        self._probes.reset()
+        self._runner.dummy_run(START_ROWS)
+        try:
+            self._probes.read(START_ROWS)
+        except UnscoredError as error:
+            raise EngineError(f"the guard does not start: {error}") from error
+        if self._judge is not None:
+            self._channel = EvidenceServer(self._evidence)
+        log.info("guarding %d layers with bank %s", len(self._space.layers), self._bank.fingerprint)
+        return times
+
+    def shutdown(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        super().shutdown()
+
+    def _load_bank(self) -> Bank:
+        """The bank, known to be the one asked for and for the weights that are served."""
+        bank = Bank.load(self._settings.bank)
+        if bank.fingerprint != self._settings.fingerprint:
+            raise BankError(
+                f"{self._settings.bank}: its fingerprint is {bank.fingerprint}, "
+                f"`undertow.fingerprint` asks for {self._settings.fingerprint}"
+            )
+        served = Checkpoint.open(Path(self.model_config.model)).digest()
+        if served != bank.tuned_digest:
+            raise BankError(
+                f"{self._settings.bank}: the bank is for another model: it was built for weights {bank.tuned_digest}, "
+                f"{self.model_config.model} has {served}"
+            )
+        return bank
+
+    def _tokenizer(self) -> Any:
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        return cached_tokenizer_from_config(self.model_config)
+
+    # -- every step ---------------------------------------------------------------------------------------------------
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """The forward pass, then the scores of its tokens."""
+        if self._judge is not None:
+            self._admit(self._judge, scheduler_output)
+        output = super().execute_model(scheduler_output)
+        self._scheduled = []
+        # None: the pass was run and waits for its sampling. Anything else: there was nothing to compute.
+        if output is None:
+            self._score(scheduler_output)
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
+        """Sample, then end what was blocked."""
+        output: ModelRunnerOutput = super().sample_tokens(grammar_output)
+        if self._judge is not None:
+            replace_sampled(output, self._judge.ledger.stops(self._scheduled))
+        return output
+
+    def _admit(self, judge: Judge, step: SchedulerOutput) -> None:
+        judge.ledger.finish(step.finished_req_ids)
+        for request in step.scheduled_new_reqs:
+            parameters = request.sampling_params
+            arguments = parameters.extra_args or {}
+            judge.ledger.admit(request.req_id, arguments.get(POLICY_ARGUMENT), stop_token(parameters, self._reserved))
+
+    def _score(self, step: SchedulerOutput) -> None:
+        total = step.total_num_scheduled_tokens
+        self._scheduled = list(step.num_scheduled_tokens)
+        try:
+            coordinates = self._probes.read(total)
+            batch = list(self._runner.rows(step))
+        except UnscoredError as error:
+            log.critical("unscored step: %s", error)
+            if self._judge is None:
+                raise
+            for sequence in self._scheduled:
+                self._judge.ledger.fail(sequence, str(error))
+            return
+        if self._recorder is not None:
+            self._recorder.add(coordinates, batch)
+        if self._judge is None:
+            return
+        ledger = self._judge.ledger
+        for rows in batch:
+            ledger.cover(rows)
+        for sequence, scores in score_step(self._space, self._judge.detectors, coordinates, batch):
+            ledger.score(sequence, scores)
+
+    # -- asked from outside, by collective_rpc or through the channel -------------------------------------------------
+
+    def _evidence(self, key: str) -> Evidence:
+        assert self._judge is not None, "the channel opens only with a calibration"
+        return Evidence(fingerprint=self._bank.fingerprint, records=tuple(self._judge.ledger.records(key)))
+
+    def undertow_status(self) -> str:
+        """`WorkerStatus` as JSON, with the evidence channel's address beside it."""
+        if self._judge is None or self._channel is None:
+            raise EngineError("this engine has no calibration: it records for one and cannot serve")
+        calibration, ledger = self._judge.calibration, self._judge.ledger
+        status = WorkerStatus(
+            rank=self.rank,
+            fingerprint=self._bank.fingerprint,
+            calibration=calibration.digest(),
+            layers=self._space.layers,
+            reserved_token_id=self._reserved,
+            detectors=tuple(
+                DetectorStatus(detector=name, supported_fpr=calibration.supported_fpr(name)) for name in DETECTORS
+            ),
+            undertow_version=version("undertow"),
+            vllm_version=vllm.__version__,
+            dtype=str(self.model_config.dtype).removeprefix("torch."),
+            requests_judged=ledger.requests_judged,
+            tokens_scored=ledger.tokens_scored,
+            unscorable=ledger.unscorable,
+        )
+        return json.dumps({"worker": status.model_dump(mode="json"), "channel": self._channel.address})
+
+    def undertow_evidence(self, key: str) -> str:
+        """`Evidence` of one request as JSON, for engines without an API process."""
+        return self._evidence(key).to_json()
+
+    def undertow_load_calibration(self, path: str) -> str:
+        """Judge by this calibration from now on; returns its digest. Raises CalibrationError; the old one then
+        stays."""
+        calibration = Calibration.load(Path(path))
+        if calibration.fingerprint != self._bank.fingerprint:
+            raise CalibrationError(
+                f"{path}: made for the bank {calibration.fingerprint}, this engine guards with {self._bank.fingerprint}"
+            )
+        if calibration.space != self._space:
+            raise CalibrationError(f"{path}: its directions are not the bank's")
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        if calibration.facts.get("dtype") != dtype:
+            raise CalibrationError(
+                f"{path}: made with dtype {calibration.facts.get('dtype')}, this engine runs {dtype}"
+            )
+        detectors = calibration.shape.detectors(self._space)
+        self._judge = Judge(calibration, detectors, Ledger(calibration, self._settings.policy))
+        return calibration.digest()
+
+    def undertow_record(self, keep: Keep) -> None:
+        """Record the coordinates of what follows, in place of anything recorded before."""
+        self._recorder = Recorder(self._space.size, keep)
+
+    def undertow_write_recording(self, path: str) -> None:
+        """Write what was recorded, and record no more. Raises EngineError where nothing was asked for."""
+        if self._recorder is None:
+            raise EngineError("nothing is being recorded")
+        self._recorder.write(Path(path))
+        self._recorder = None

@@ -1,0 +1,57 @@
+"""Exact binomial intervals, for rates that are counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def clopper_pearson(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact two-sided interval for a rate of `hits` in `count` (Clopper and Pearson, 1934)."""
+    if not 0 <= hits <= count or count == 0:
+        raise ValueError(f"hits must lie in 0..count and count be positive, got {hits} of {count}")
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else _solve(lambda rate: binomial_tail(hits, count, rate) - tail)
+    high = 1.0 if hits == count else _solve(lambda rate: tail - (1 - binomial_tail(hits + 1, count, rate)))
+    return low, high
+
+
+def binomial_tail(least: int, count: int, rate: float) -> float:
+    """P(X >= least) for X ~ Binomial(count, rate)."""
+    if least <= 0 or rate >= 1:
+        return 1.0
+    if rate <= 0:
+        return 0.0
+    logs = (
+        math.lgamma(count + 1)
+        - math.lgamma(hits + 1)
+        - math.lgamma(count - hits + 1)
+        + hits * math.log(rate)
+        + (count - hits) * math.log1p(-rate)
+        for hits in range(least, count + 1)
+    )
+    return min(1.0, math.fsum(math.exp(log) for log in logs))
+
+
+def beta_interval(rank: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Where the rate of scores above the `rank`-th largest of `count` clean scores lies: Beta(rank, count + 1 - rank).
+
+    This is the spread of split conformal's promise over the draw of the calibration set (Vovk, 2012).
+    """
+    tail = (1 - confidence) / 2
+    # Beta(k, n + 1 - k) is the law of the k-th smallest of n uniforms: P(B <= x) = P(Binomial(n, x) >= k).
+    low = _solve(lambda rate: binomial_tail(rank, count, rate) - tail)
+    high = _solve(lambda rate: binomial_tail(rank, count, rate) - (1 - tail))
+    return low, high
+
+
+def _solve(rising: Callable[[float], float]) -> float:
+    """The root in [0, 1] of a rising function, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if rising(middle) < 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
