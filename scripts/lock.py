@@ -38,6 +38,9 @@ SERVER_HEADER = """\
 # pyproject.toml: do not edit. The versions are those of cpu.lock, so the image runs what the tests ran.
 """
 
+BUILD_HEADER = """\
+# What builds the project's own wheel in docker/server.Dockerfile. Written by `make lock` from build.in: do not edit.
+"""
 
 # The marker that says no more than "environments" in pyproject.toml; on every line it would only be noise.
 EVERYWHERE = " ; (platform_machine == 'aarch64' or platform_machine == 'x86_64') and sys_platform == 'linux'"
@@ -102,12 +105,14 @@ def main() -> int:
         leave_out = [f"--no-emit-package={name}" for name in sorted(shared)]
         dev = resolve(uv, ["requirements/dev.in"], constrain, *leave_out, prefer=locked("dev.lock"))
         server = resolve(uv, ["pyproject.toml"], constrain)
+        build = resolve(uv, ["requirements/build.in"], constrain)
     if overlap := pins(dev).keys() & (pins(cpu).keys() | pins(cuda).keys()):
         # One package, two versions: name it in cpu.in and cuda.in, so that both decide for the same one.
         print(f"dev.lock and a runtime lock disagree about {', '.join(sorted(overlap))}", file=sys.stderr)
         return 1
     write("dev.lock", DEV_HEADER, dev)
     write("server.lock", SERVER_HEADER, server)
+    write("build.lock", BUILD_HEADER, build)
     return 0
 
 
