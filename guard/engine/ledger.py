@@ -19,8 +19,11 @@ from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
 KEPT = 4096
 """How many finished sequences are remembered, so that their evidence can still be asked for."""
 
-# vLLM's ids: `chatcmpl-KEY-RANDOM`, `cmpl-KEY-PROMPT-RANDOM`, with `CHOICE_` in front where n > 1.
-_SEQUENCE = re.compile(r"(?:(?P<choice>\d+)_)?(?P<kind>chatcmpl|cmpl)-(?P<key>[0-9a-f]{32})(?:-(?P<prompt>\d+))?-\w{8}")
+# vLLM's ids: over HTTP `chatcmpl-KEY-RANDOM` and `cmpl-KEY-PROMPT-RANDOM`, with `CHOICE_` in front where n > 1; from
+# the `LLM` class `NUMBER-RANDOM`.
+_SEQUENCE = re.compile(
+    r"(?:(?P<choice>\d+)_)?(?:(?:chatcmpl|cmpl)-)?(?P<key>[0-9a-f]{32}|\d+)(?:-(?P<prompt>\d+))?-\w{8}"
+)
 
 
 @dataclass(frozen=True, slots=True)

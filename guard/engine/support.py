@@ -12,6 +12,13 @@ from guard.errors import UnsupportedEngineError
 SUPPORTED_VLLM = ("0.32",)
 
 
+def check_version() -> None:
+    """Raise UnsupportedEngineError unless this vLLM is one that the guard knows."""
+    problems = list(_version())
+    if problems:
+        raise UnsupportedEngineError(problems[0])
+
+
 def check_support(config: VllmConfig) -> None:
     """Raise UnsupportedEngineError, naming everything at once, unless every token of this engine can be scored."""
     problems = [*_version(), *_features(config)]
