@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import sqrt
+from math import log, sqrt
 from pathlib import Path
 
 import torch
@@ -29,11 +29,19 @@ from guard.bank import Bank, LayerBank, orient
 from guard.checkpoints import Checkpoint, Progress
 from guard.errors import BankError, CheckpointError
 from guard.fingerprint import MatrixEnergy
-from guard.svd import Spectrum, empty_spectrum, numerical_rank, truncated_svd
+from guard.svd import RoundingNoise, Spectrum, empty_spectrum, numerical_rank, truncated_svd
 
 METHOD = "delta-svd"
 DEFAULT_K = 20
 BLOCK_BYTES = 16 << 20
+
+# Variance of the error of rounding w, over (eps w)^2: the spacing's square over 12, and the mean of (spacing / eps w)^2
+# over mantissas that are spread evenly on a log scale, which is 3 / (8 ln 2).
+ULP_VARIANCE = 3.0 / (8.0 * log(2.0)) / 12.0
+
+# How often a delta itself was rounded to float32: product, scaling and sum of whoever merged it, and the subtraction
+# here. It shows only where the weights are stored in float32.
+FLOAT32_ROUNDINGS = 4
 
 StrPath = str | os.PathLike[str]
 
@@ -61,9 +69,9 @@ def build_bank(base: StrPath, tuned: StrPath, k: int = DEFAULT_K, *, seed: int =
     def decompose(site: Site) -> Spectrum:
         if base_hashes[site.weight] == tuned_hashes[site.weight]:
             return _nothing(before.weights, site)
-        delta, storage_edge = _delta(site, before, after)
+        delta, noise = _delta(site, before, after)
         spectrum = truncated_svd(delta, k, seed)
-        return spectrum.head(numerical_rank(spectrum, storage_edge))
+        return spectrum.head(numerical_rank(spectrum, noise))
 
     layers = _layers(before.model, sites, decompose, progress)
     if not layers:
@@ -105,7 +113,7 @@ def build_adapter_bank(
         left, right = lora.factors(site.weight)
         gain = _gain(site, before)
         spectrum = _factored_svd(left if gain is None else gain[:, None] * left, right)
-        return spectrum.head(min(k, numerical_rank(spectrum, storage_edge=0.0)))
+        return spectrum.head(min(k, numerical_rank(spectrum, noise=None)))
 
     layers = _layers(before.model, sites, decompose, progress)
     if not layers:
@@ -188,15 +196,13 @@ def _gain(site: Site, opened: _Opened) -> torch.Tensor | None:
     return gain
 
 
-def _delta(site: Site, before: _Opened, after: _Opened) -> tuple[torch.Tensor, float]:
-    """The delta as it reaches the residual stream, float32 [hidden, in], and the storage edge of its rounding noise.
+def _delta(site: Site, before: _Opened, after: _Opened) -> tuple[torch.Tensor, RoundingNoise]:
+    """The delta as it reaches the residual stream, float32 [hidden, in], and the rounding noise it may carry.
 
-    The edge bounds the largest singular value of independent rounding errors: an entry w stored with precision eps is
-    off by at most eps |w| / 2, with variance at most (eps w)^2 / 12, and a matrix of independent entries has spectral
-    norm close to at most max row norm + max column norm of their deviations (Bandeira and van Handel, 2016).
+    Noise is that of storing the tuned weights: fine-tuning started from the base as it is stored.
     """
-    old, new = before.weights.entry(site.weight), after.weights.entry(site.weight)
-    rows, columns = new.shape
+    rows, columns = after.weights.entry(site.weight).shape
+    stored, computed = _eps(after.weights.entry(site.weight).dtype), sqrt(FLOAT32_ROUNDINGS) * _eps("F32")
     gain = _gain(site, after)
     delta = torch.empty(rows, columns)
     row_variance = torch.zeros(rows, dtype=torch.float64)
@@ -209,14 +215,15 @@ def _delta(site: Site, before: _Opened, after: _Opened) -> tuple[torch.Tensor, f
         _check_finite(first, site.weight, before.weights.path)
         _check_finite(second, site.weight, after.weights.path)
         block = torch.sub(second, first, out=delta[part])
-        variance = (first.double() * _eps(old.dtype)).square_() + (second.double() * _eps(new.dtype)).square_()
+        variance = (second.double() * stored).square_() + (block.double() * computed).square_()
+        variance *= ULP_VARIANCE
         if gain is not None:
             block *= gain[part, None]
             variance *= gain[part, None].double().square()
         _check_finite(block, site.weight, after.weights.path)
-        row_variance[part] = variance.sum(dim=1) / 12.0
-        column_variance += variance.sum(dim=0) / 12.0
-    return delta, sqrt(float(row_variance.max())) + sqrt(float(column_variance.max()))
+        row_variance[part] = variance.sum(dim=1)
+        column_variance += variance.sum(dim=0)
+    return delta, RoundingNoise.of_variances(row_variance, column_variance)
 
 
 def _eps(dtype: str) -> float:

@@ -18,7 +18,7 @@ OVERSAMPLING = 12
 DEPTH = 4
 BLOCK_ROWS = 256
 
-# Above the median of the Tracy-Widom law (beta = 1) by enough that noise passes about once in a thousand matrices.
+# The Tracy-Widom law (beta = 1) exceeds this about once in a thousand draws.
 TRACY_WIDOM_QUANTILE = 3.3
 
 
@@ -108,40 +108,51 @@ def _block_krylov(matrix: torch.Tensor, width: int, seed: int) -> tuple[torch.Te
     return basis @ inner, values, rest
 
 
-def numerical_rank(spectrum: Spectrum, storage_edge: float) -> int:
+@dataclass(frozen=True, slots=True)
+class RoundingNoise:
+    """What rounding weights to their storage dtype can leave in a delta, if its errors are independent.
+
+    `edge`: the largest singular value that such errors reach; `energy`: their expected squared Frobenius norm.
+    """
+
+    edge: float
+    energy: float
+
+    @classmethod
+    def of_variances(cls, rows: torch.Tensor, columns: torch.Tensor) -> RoundingNoise:
+        """From the sums of the entries' variances over each row [m] and each column [n].
+
+        The spectral norm of independent entries is close to, and hardly above, the largest row deviation plus the
+        largest column deviation (Bandeira and van Handel, Annals of Probability 2016); the last bit is the
+        Tracy-Widom fluctuation of that edge (Johnstone, Annals of Statistics 2001).
+        """
+        m, n = len(rows), len(columns)
+        spread = (1.0 / sqrt(m) + 1.0 / sqrt(n)) ** (1.0 / 3.0) / (sqrt(m) + sqrt(n))
+        edge = sqrt(float(rows.max())) + sqrt(float(columns.max()))
+        return cls(edge * sqrt(1.0 + TRACY_WIDOM_QUANTILE * spread), float(rows.sum()))
+
+
+def numerical_rank(spectrum: Spectrum, noise: RoundingNoise | None) -> int:
     """How many of the leading directions say something about fine-tuning rather than about rounding.
 
     A value counts until the first one that is either
 
-    - at most eps * max(shape) * largest value, eps that of float64 (the arithmetic's own noise), or
-    - at most `storage_edge`, the largest singular value that rounding the weights to their storage dtype can explain,
-      AND no larger than the edge of white noise with the energy that the remaining values have (Marchenko-Pastur, with
-      Tracy-Widom fluctuations: Johnstone, Annals of Statistics 2001; the sequential test follows Kritchman and Nadler,
-      2008).
+    - at most eps * max(shape) * largest value, eps that of float64: noise of the arithmetic here; or
+    - at most the edge of the storage's rounding noise, scaled down where the energy of this and all further values is
+      less than that noise would have (a delta much smaller than its weights' precision mostly rounds away).
 
-    Below the edge a singular vector is independent of any planted one (Baik, Ben Arous, Peche 2005), so nothing is
-    lost. Both halves of the second rule are needed: the first alone would drop small but structured deltas, the second
-    alone would drop an update that is real and happens to be white. In doubt a direction stays: calibration can live
+    The test is sequential, as in Kritchman and Nadler (2008). Below the edge a singular vector is independent of any
+    planted one (Baik, Ben Arous and Peche, 2005), so nothing is lost. In doubt a direction stays: calibration can live
     with a useless direction, detection cannot live without a useful one.
     """
-    values = [float(value) for value in spectrum.values]
-    if not values:
+    if not len(spectrum.values):
         return 0
-    floor = torch.finfo(torch.float64).eps * max(spectrum.shape) * values[0]
-    # Tail sums from the small end, so that a large first value does not round the small ones away.
+    floor = torch.finfo(torch.float64).eps * max(spectrum.shape) * float(spectrum.values[0])
+    # Sums from the small end, so that a large first value does not round the small ones away.
     tails = spectrum.values.square().flip(0).cumsum(0).flip(0) + spectrum.rest
-    for rank, value in enumerate(values):
+    for rank, (value, tail) in enumerate(zip(spectrum.values.tolist(), tails.tolist(), strict=True)):
         if value <= floor:
             return rank
-        edge = _white_noise_edge(float(tails[rank]), spectrum.shape[0] - rank, spectrum.shape[1] - rank)
-        if value <= min(storage_edge, edge):
+        if noise is not None and noise.energy and value <= noise.edge * min(1.0, sqrt(tail / noise.energy)):
             return rank
-    return len(values)
-
-
-def _white_noise_edge(energy: float, rows: int, columns: int) -> float:
-    """The largest singular value that white noise of this shape and total energy reaches in 999 of 1,000 draws."""
-    variance = energy / (rows * columns)
-    centre = (sqrt(rows) + sqrt(columns)) ** 2
-    spread = (sqrt(rows) + sqrt(columns)) * (1.0 / sqrt(rows) + 1.0 / sqrt(columns)) ** (1.0 / 3.0)
-    return sqrt(variance * (centre + TRACY_WIDOM_QUANTILE * spread))
+    return len(spectrum.values)
