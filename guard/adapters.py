@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard.checkpoints import Checkpoint, read_json, refuse_pickles
+from guard.checkpoints import Checkpoint, StrPath, read_json, refuse_pickles
 from guard.errors import CheckpointError, UnsupportedModelError
 from guard.shards import Shard
 
@@ -54,7 +53,7 @@ class Adapter:
     base: Checkpoint
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], base: Checkpoint) -> Adapter:
+    def open(cls, path: StrPath, base: Checkpoint) -> Adapter:
         """Read an adapter folder's headers and check them against `base`.
 
         Raises CheckpointError for a missing, pickled or malformed adapter or one whose factors do not fit the base,

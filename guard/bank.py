@@ -10,7 +10,6 @@ one never runs code, and a file that was changed after it was built is refused (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from guard.atomic import write_atomically
+from guard.checkpoints import StrPath
 from guard.errors import BankError
 from guard.fingerprint import (
     METADATA_KEY,
@@ -115,14 +115,14 @@ class Bank:
             layers=tuple(layer.header() for layer in self.layers),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the bank file, whole or not at all. Raises BankError when the folder is absent or `path` is one."""
         tensors = {tensor_name(index): tensor for index, tensor in self._tensors().items()}
         content = save(tensors, metadata={METADATA_KEY: self.header().to_json()})
         write_atomically(Path(path), content, BankError)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Bank:
+    def load(cls, path: StrPath) -> Bank:
         """Read and check a bank file.
 
         Raises BankError, naming file, field, value and expectation, when the file is not safetensors, misses a field,

@@ -35,6 +35,7 @@ CHUNK_BYTES = 1 << 20
 HASH_THREADS = 8
 
 Progress = Callable[[int], None]
+StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: StrPath) -> Checkpoint:
         """List the tensors of a folder with `model.safetensors`, or shards and their index.
 
         Raises CheckpointError when the folder is absent, holds pickles only, is ambiguous about which file is the

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,12 +16,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
+from guard.checkpoints import StrPath
 from guard.errors import BankError
 from guard.shards import Shard, TensorEntry, read_bytes
 
 FORMAT = 1
 METADATA_KEY = "undertow"
 MAX_LAYERS = 10_000
+MAX_TEXT = 200
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ def seal(header: BankHeader, direction_bytes: Mapping[int, bytes | bytearray | m
     return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
-def read_header(path: str | os.PathLike[str]) -> BankHeader:
+def read_header(path: StrPath) -> BankHeader:
     """The header of a bank file, its fingerprint recomputed and compared. Needs no torch.
 
     Raises BankError, naming the file, the field, the value and what was expected.
@@ -206,6 +207,7 @@ class _Fields:
         # bool is an int to isinstance; here it never is.
         if type(value) is not kind:
             raise self._wrong(key, value, kind.__name__)
+        self._check_text(key, value)
         return value
 
     def natural(self, key: str, low: int, high: int) -> int:
@@ -224,6 +226,8 @@ class _Fields:
         values = self.take(key, list)
         if not all(type(value) is kind for value in values):
             raise self._wrong(key, values, f"a list of {kind.__name__}")
+        for value in values:
+            self._check_text(key, value)
         return values
 
     def numbers(self, key: str) -> list[float]:
@@ -231,6 +235,11 @@ class _Fields:
         if not all(isfinite(value) and value >= 0.0 for value in values):
             raise self._wrong(key, values, "finite numbers, zero or more")
         return values
+
+    def _check_text(self, key: str, value: object) -> None:
+        # What a bank says of itself is printed in terminals and logs.
+        if isinstance(value, str) and not (value.isprintable() and len(value) <= MAX_TEXT):
+            raise self._wrong(key, ascii(value), f"at most {MAX_TEXT} printable characters")
 
     def _wrong(self, key: str, value: object, expected: str) -> BankError:
         return BankError(f"{self.path}: field {self.prefix}{key}: {str(value)[:80]!r}, expected {expected}")

@@ -58,7 +58,9 @@ def truncated_svd(matrix: torch.Tensor, k: int, seed: int) -> Spectrum:
     Deterministic for a seed on one machine and number of threads.
     """
     shape = (matrix.shape[0], matrix.shape[1])
-    if not (peak := float(matrix.abs().max()) if matrix.numel() else 0.0):
+    smallest, largest = (float(bound) for bound in torch.aminmax(matrix))
+    peak = max(-smallest, largest)
+    if not peak:
         return empty_spectrum(shape)
     # A power of two, so that scaling is exact: products of tiny deltas would underflow, of huge ones overflow.
     scale = 2.0 ** -int(torch.frexp(torch.tensor(peak)).exponent)
