@@ -1,0 +1,176 @@
+"""From evidence to what may be done with an answer. Sans-I/O.
+
+    failure = Assessor(call, policy, handshake).opening(evidence)        # before the first byte
+    failure = Assessor(call, policy, handshake).final(evidence, usage)   # when the answer is complete
+
+Evidence is authoritative: a record that says `block` blocks its choice, whatever the choice itself says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from guard.errors import EvidenceError
+from guard.evidence import Coverage, Evidence, Record
+from guard.policy import SEVERITY, Action, Policy
+from server.errors import GuardFailure
+from server.handshake import Handshake
+from server.protocol import Call
+
+Told = Literal["allow", "flag", "block", "unguarded"]
+"""What the header `x-undertow-action` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that vLLM counted for a whole response. Prompt tokens are counted once per prompt, not per choice."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def read(cls, usage: object) -> Usage | None:
+        """From a response's `usage`; None where it is absent or not made of counts."""
+        if not isinstance(usage, Mapping):
+            return None
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+        if type(prompt) is not int or type(completion) is not int:
+            return None
+        return cls(prompt, completion)
+
+
+class Assessor:
+    """Reads the evidence of one request. Holds the last evidence that could be read, for metrics and the log."""
+
+    def __init__(self, call: Call, policy: Policy, handshake: Handshake | None) -> None:
+        self._call = call
+        self._policy = policy
+        self._handshake = handshake
+        # Only a number: `n` is the client's word until the engine has accepted it.
+        self._sequences = call.prompts * call.n
+        self.evidence: Evidence | None = None
+        self.blocked: dict[int, Record] = {}
+        """Blocked sequences by the index of their choice. What is blocked for want of a score is a failure instead."""
+        self.failure: GuardFailure | None = None
+        """The first thing that went wrong. In `monitor` and `off` the answer passes all the same."""
+
+    @property
+    def enforcing(self) -> bool:
+        """What cannot be judged does not pass."""
+        return self._policy.mode == "enforce"
+
+    @property
+    def reserved_token_id(self) -> int | None:
+        """The token that ends a blocked sequence; None without a handshake."""
+        return self._handshake.reserved_token_id if self._handshake else None
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return self.evidence.records if self.evidence else ()
+
+    @property
+    def prompt_blocked(self) -> bool:
+        """Every sequence was blocked at its prompt: nothing was generated that could be answered."""
+        return len(self.blocked) == self._sequences and all(
+            record.phase == "prompt" for record in self.blocked.values()
+        )
+
+    @property
+    def told(self) -> Told:
+        """The most severe action so far, or `unguarded` where a failure was let pass."""
+        if self.failure is not None:
+            return "unguarded"
+        actions: list[Action] = [record.action for record in self.records]
+        return max(actions, key=SEVERITY.__getitem__, default="allow")
+
+    def fail(self, failure: GuardFailure) -> GuardFailure:
+        """Remember a failure; the first one stays."""
+        if self.failure is None:
+            self.failure = failure
+        return self.failure
+
+    def opening(self, text: str | bytes | None) -> GuardFailure | None:
+        """Hold evidence against what was asked, before the first byte: every prompt is scored."""
+        failure = self._read(text) or self._check_records()
+        return self.fail(failure) if failure else None
+
+    def final(self, text: str | bytes | None, usage: Usage | None) -> GuardFailure | None:
+        """Hold evidence against a complete answer: every token that needed a score has one."""
+        failure = self._read(text) or self._check_records() or self._check_coverage(usage)
+        return self.fail(failure) if failure else None
+
+    def stopped_unexplained(self, index: int, stop_reason: object) -> GuardFailure | None:
+        """A choice that ended with the reserved token, though no record blocks it."""
+        if self.reserved_token_id is None or type(stop_reason) is not int or stop_reason != self.reserved_token_id:
+            return None
+        if index in self.blocked:
+            return None
+        return self.fail(GuardFailure("unexplained_stop", f"choice {index} was stopped, but no record blocks it"))
+
+    def _read(self, text: str | bytes | None) -> GuardFailure | None:
+        if self._handshake is None:
+            return GuardFailure("no_handshake", "no handshake with the engine")
+        if text is None:
+            return GuardFailure("evidence_missing", "the engine sent no evidence")
+        try:
+            evidence = Evidence.from_json(text)
+        except EvidenceError as error:
+            return GuardFailure("evidence_invalid", str(error))
+        if evidence.fingerprint != self._handshake.fingerprint:
+            return GuardFailure(
+                "fingerprint",
+                f"evidence is of bank {evidence.fingerprint}, the handshake of {self._handshake.fingerprint}",
+            )
+        self.evidence = evidence
+        self.blocked = {
+            self._call.index(record.prompt_index, record.choice_index): record
+            for record in evidence.records
+            if record.action == "block" and record.unscorable is None
+        }
+        return None
+
+    def _check_records(self) -> GuardFailure | None:
+        found = {
+            (record.prompt_index, record.choice_index)
+            for record in self.records
+            if 0 <= record.prompt_index < self._call.prompts and 0 <= record.choice_index < self._call.n
+        }
+        if not len(found) == len(self.records) == self._sequences:
+            return GuardFailure(
+                "coverage", f"{len(found)} of {self._sequences} sequences have a record, in {len(self.records)} records"
+            )
+        for record in self.records:
+            if self.enforcing and record.mode != "enforce":
+                return GuardFailure("policy", f"the engine judged in mode {record.mode}, the policy asks for enforce")
+            if record.unscorable is not None:
+                return GuardFailure("unscorable", record.unscorable)
+            # What is blocked may end before its whole prompt was computed.
+            if record.action != "block" and record.tokens_scored < record.prompt_tokens:
+                return GuardFailure(
+                    "coverage", f"{record.tokens_scored} of {record.prompt_tokens} prompt tokens have a score"
+                )
+        return None
+
+    def _check_coverage(self, usage: Usage | None) -> GuardFailure | None:
+        if len(self.blocked) == self._sequences:
+            return None  # Nothing of it is released.
+        if usage is None:
+            return GuardFailure("response_invalid", "the answer has no usage to hold the evidence against")
+        # The last token of each sequence never enters the model, so it has no score.
+        needed = self._call.n * usage.prompt_tokens + usage.completion_tokens - self._sequences
+        coverage = Coverage(needed, sum(record.tokens_scored for record in self.records))
+        if not coverage.complete:
+            return GuardFailure("coverage", f"{coverage.scored} of {coverage.needed} tokens have a score")
+        return None
+
+
+def choices_of(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The choices of a response or a chunk; None where they are not what OpenAI's shape says."""
+    choices = body.get("choices")
+    if not isinstance(choices, list):
+        return None
+    if not all(isinstance(choice, dict) and type(choice.get("index")) is int for choice in choices):
+        return None
+    return choices

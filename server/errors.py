@@ -1,0 +1,134 @@
+"""Errors as an OpenAI client sees them.
+
+    ApiError                      any refusal, with its HTTP status and its OpenAI error body
+    GuardFailure                  why a request could not be judged; in `enforce` it becomes `guard_unavailable`
+    UpstreamError                 the engine did not answer, or stopped answering
+
+What the client may do about an error is said by its `code`; `docs/http.md` lists them. Messages never hold scores (an
+oracle for attackers), prompts or secrets.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from guard.errors import UndertowError
+
+FailureKind = Literal[
+    "no_handshake",
+    "evidence_missing",
+    "evidence_invalid",
+    "fingerprint",
+    "policy",
+    "unscorable",
+    "coverage",
+    "unexplained_stop",
+    "response_invalid",
+    "internal",
+]
+"""Why a request counts as not judged. `docs/metrics.md` says what each one means."""
+
+FAILURE_KINDS: tuple[FailureKind, ...] = (
+    "no_handshake",
+    "evidence_missing",
+    "evidence_invalid",
+    "fingerprint",
+    "policy",
+    "unscorable",
+    "coverage",
+    "unexplained_stop",
+    "response_invalid",
+    "internal",
+)
+
+UpstreamKind = Literal["connect", "timeout", "cut", "status", "protocol"]
+UPSTREAM_KINDS: tuple[UpstreamKind, ...] = ("connect", "timeout", "cut", "status", "protocol")
+
+
+@dataclass(frozen=True, slots=True)
+class GuardFailure:
+    """Why a request could not be judged. A value, not an exception: in `monitor` it is counted and let pass."""
+
+    kind: FailureKind
+    detail: str
+    """For the operator's log: names what was found and what was expected, never a prompt."""
+
+
+class UpstreamError(UndertowError):
+    """The engine cannot be reached, timed out, or stopped in the middle of an answer."""
+
+    def __init__(self, kind: UpstreamKind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+class ApiError(UndertowError):
+    """A request is answered with an error, in the shape that OpenAI's clients read."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+    def payload(self) -> dict[str, Any]:
+        """The body, before it is JSON."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def body(self) -> bytes:
+        """The body of a plain response."""
+        return json.dumps(self.payload()).encode()
+
+    def sse(self) -> bytes:
+        """The same as one event of a stream that has already begun."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the client can mend it."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def blocked_prompt(param: str) -> ApiError:
+    """400 `content_filter`, as Azure and OpenAI answer a filtered prompt. Asking again would not help."""
+    return ApiError(
+        400,
+        "The prompt was blocked by the content filter.",
+        param=param,
+        code="content_filter",
+        headers={"x-should-retry": "false"},
+    )
+
+
+def guard_unavailable() -> ApiError:
+    """503: the request could not be judged, and in `enforce` what was not judged does not pass."""
+    return ApiError(
+        503, "The content filter could not judge this request.", type="server_error", code="guard_unavailable"
+    )
+
+
+def upstream_unavailable(error: UpstreamError) -> ApiError:
+    """503 where the engine is away, 504 where it was silent for too long."""
+    if error.kind == "timeout":
+        return ApiError(504, "The model did not answer in time.", type="server_error", code="upstream_timeout")
+    return ApiError(503, "The model cannot be reached.", type="server_error", code="upstream_unavailable")
+
+
+def upstream_cut() -> ApiError:
+    """Mid-stream: the engine stopped answering. Status is only for the log; the stream already said 200."""
+    return ApiError(502, "The model stopped answering.", type="server_error", code="upstream_cut")

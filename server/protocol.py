@@ -1,0 +1,225 @@
+"""OpenAI's two completion shapes, and the fields of them that belong to the guard.
+
+`read_call` turns a client's body into a `Call`: what is asked for, and how many sequences of evidence must come back.
+`Call.upstream_body` is what goes to vLLM. Fields that this module reads are checked strictly, because vLLM reads them
+leniently: a `stream: "yes"` that vLLM takes for true and we for false would pass unguarded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from guard.evidence import POLICY_ARGUMENT
+from guard.policy import Policy
+from server.errors import ApiError, bad_request
+
+EndpointName = Literal["chat_completions", "completions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of the two guarded endpoints."""
+
+    name: EndpointName
+    path: str
+    prompt_field: Literal["messages", "prompt"]
+    """The field that a blocked prompt's error names."""
+    chat: bool
+
+
+CHAT = Endpoint("chat_completions", "/v1/chat/completions", "messages", chat=True)
+TEXT = Endpoint("completions", "/v1/completions", "prompt", chat=False)
+
+REFUSED: Mapping[str, str] = {
+    "chat_template": "it would change which tokens the guard decides at",
+    "prompt_embeds": "embeddings cannot be scored",
+    "kv_transfer_params": "scores do not travel with a transferred cache",
+    "ec_transfer_params": "scores do not travel with a transferred cache",
+    "use_beam_search": "beam search cannot be scored yet",
+}
+"""Fields that would weaken the guard or make the engine reach out, and why. Null and false are let pass."""
+
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+_REFUSED_TEMPLATE_ARGUMENTS = ("chat_template", "tokenize")
+_REFUSED_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
+_MODEL_NAME_LIMIT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one client asked for."""
+
+    endpoint: Endpoint
+    fields: dict[str, Any]
+    """The client's body, unchanged."""
+    stream: bool
+    wants_usage: bool
+    """The client asked for the usage chunk at the end of a stream."""
+    prompts: int
+    n: int
+
+    @property
+    def model(self) -> str:
+        """The model's name as the client gave it, cut to a length that a log can bear."""
+        return str(self.fields.get("model") or "")[:_MODEL_NAME_LIMIT]
+
+    def index(self, prompt_index: int, choice_index: int) -> int:
+        """The index that vLLM gives to a sequence's choice in its response."""
+        return prompt_index * self.n + choice_index
+
+    def upstream_body(self, policy: Policy, reserved_token_id: int | None) -> bytes:
+        """The body for vLLM. `reserved_token_id` is None where no handshake told it (monitor and off only).
+
+        Raises ApiError 400 where the client uses the reserved id itself.
+        """
+        fields = dict(self.fields)
+        stops = list(fields.get("stop_token_ids") or [])
+        if reserved_token_id is not None:
+            if reserved_token_id in stops:
+                raise bad_request(
+                    f"Token id {reserved_token_id} in `stop_token_ids` belongs to the server.", "stop_token_ids"
+                )
+            stops.append(reserved_token_id)
+        if stops:
+            fields["stop_token_ids"] = stops
+        fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), POLICY_ARGUMENT: policy.to_wire()}
+        if self.stream:
+            options = dict(fields.get("stream_options") or {})
+            if not self.wants_usage:
+                # vLLM ignores it without include_usage; set by us, it would put usage into every chunk.
+                options.pop("continuous_usage_stats", None)
+            fields["stream_options"] = {**options, "include_usage": True}
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def read_call(endpoint: Endpoint, body: bytes) -> Call:
+    """Read a client's body. Raises ApiError 400 that names the field."""
+    fields = _parse(body)
+    for name, reason in REFUSED.items():
+        if fields.get(name) not in (None, False):
+            raise bad_request(f"`{name}` is not accepted here: {reason}.", name)
+    _check_arguments(fields)
+    stream = _boolean(fields, "stream")
+    options = _mapping(fields, "stream_options")
+    stops = fields.get("stop_token_ids")
+    if stops is not None and not (isinstance(stops, list) and all(type(stop) is int for stop in stops)):
+        raise bad_request("`stop_token_ids` must be a list of integers.", "stop_token_ids")
+    n = fields.get("n")
+    if n is not None and (type(n) is not int or n < 1):
+        raise bad_request("`n` must be an integer of at least 1.", "n")
+    if endpoint.chat:
+        _check_messages(fields.get("messages"))
+    return Call(
+        endpoint=endpoint,
+        fields=fields,
+        stream=stream,
+        wants_usage=stream and _boolean(options, "include_usage", "stream_options.include_usage"),
+        prompts=1 if endpoint.chat else _count_prompts(fields.get("prompt")),
+        n=n or 1,
+    )
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
+    try:
+        fields = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        raise bad_request("The body is not valid JSON.") from None
+    if not isinstance(fields, dict):
+        raise bad_request("The body must be a JSON object.")
+    return fields
+
+
+def _check_arguments(fields: Mapping[str, Any]) -> None:
+    for key in _mapping(fields, "vllm_xargs"):
+        if key.lower().startswith("undertow") or key in _REFUSED_ARGUMENTS:
+            raise bad_request(f"`vllm_xargs.{key[:64]}` belongs to the server.", "vllm_xargs")
+    for key in _mapping(fields, "chat_template_kwargs"):
+        if key in _REFUSED_TEMPLATE_ARGUMENTS:
+            raise bad_request(f"`chat_template_kwargs.{key}` is not accepted here.", "chat_template_kwargs")
+
+
+def _check_messages(messages: object) -> None:
+    """Only text: the calibration knows nothing else, and vLLM fetches the URLs of other parts."""
+    if not isinstance(messages, list):
+        raise bad_request("`messages` must be a list.", "messages")
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") not in _TEXT_PARTS:
+                raise bad_request("Only text parts are accepted in `messages`.", "messages")
+
+
+def _count_prompts(prompt: object) -> int:
+    """How many prompts vLLM reads: a text or a list of token ids is one, a list of either is many."""
+    if isinstance(prompt, str):
+        return 1
+    if not isinstance(prompt, list) or not prompt:
+        raise bad_request("`prompt` must be text, a list of texts, or a list of token ids.", "prompt")
+    if all(type(part) is int for part in prompt):
+        return 1
+    if all(isinstance(part, str) for part in prompt):
+        return len(prompt)
+    if all(isinstance(part, list) and all(type(token) is int for token in part) for part in prompt):
+        return len(prompt)
+    raise bad_request("`prompt` must be text, a list of texts, or a list of token ids.", "prompt")
+
+
+def _boolean(fields: Mapping[str, Any], name: str, full_name: str | None = None) -> bool:
+    value = fields.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise bad_request(f"`{full_name or name}` must be true or false.", full_name or name)
+
+
+def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = fields.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad_request(f"`{name}` must be an object.", name)
+    return value
+
+
+def blocked_choice(endpoint: Endpoint, index: int, role: str = "assistant") -> dict[str, Any]:
+    """A choice of a full response whose sequence was blocked, built anew so that nothing of the old one stays.
+
+    Its text is dropped whole: text alone does not say where the blocked token begins.
+    """
+    choice: dict[str, Any] = {"index": index}
+    if endpoint.chat:
+        choice["message"] = {"role": role, "content": None, "refusal": None}
+    else:
+        choice["text"] = ""
+    return {**choice, "logprobs": None, "finish_reason": "content_filter"}
+
+
+def blocked_chunk(endpoint: Endpoint, index: int, head: Mapping[str, Any]) -> bytes:
+    """The last event of a blocked choice in a stream. `head` is any chunk of that stream, for its id and model."""
+    chunk = {key: head[key] for key in ("id", "object", "created", "model") if key in head}
+    choice: dict[str, Any] = {"index": index}
+    if endpoint.chat:
+        choice["delta"] = {}
+    else:
+        choice["text"] = ""
+    chunk["choices"] = [{**choice, "logprobs": None, "finish_reason": "content_filter"}]
+    if "usage" in head:
+        chunk["usage"] = head["usage"]
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def method_not_allowed(method: str, allowed: str) -> ApiError:
+    """405, with the `Allow` header that HTTP asks for."""
+    return ApiError(
+        405, f"{method[:16]} is not allowed here.", code="method_not_allowed", headers={"allow": allowed}
+    )
+
+
+def not_found() -> ApiError:
+    """404: an endpoint that is not guarded is not offered."""
+    return ApiError(404, "This endpoint does not exist here.", code="not_found")
