@@ -30,6 +30,7 @@ from guard.fingerprint import (
     seal,
     tensor_name,
 )
+from guard.version import VERSION
 
 __all__ = ["Bank", "BankHeader", "LayerBank", "MatrixEnergy", "orient", "random_bank", "read_header"]
 
@@ -89,14 +90,8 @@ class Bank:
         layers: Iterable[LayerBank],
     ) -> Bank:
         """A bank with this version of Undertow and the fingerprint of its content."""
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            undertow = version("undertow")
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            undertow = "unknown"
         bank = cls(
-            "", base_digest, tuned_digest, method, k, undertow, model_class, hidden_size, num_layers, tuple(layers)
+            "", base_digest, tuned_digest, method, k, VERSION, model_class, hidden_size, num_layers, tuple(layers)
         )
         return replace(bank, fingerprint=seal(bank.header(), {i: _raw(t) for i, t in bank._tensors().items()}))
 

@@ -1,9 +1,9 @@
 """Evidence in vLLM's own HTTP responses. Give it to vLLM as `--middleware guard.engine.middleware.EvidenceMiddleware`.
 
 A request that asks for evidence (`x-undertow-evidence: 1`) gets it in the answer: in a header of a full response; in a
-stream as an SSE comment before the first chunk and again before `[DONE]`. Evidence that rides the response needs no
-second connection, survives load balancers, and cannot be taken for another request's. `GET /undertow/status` says what
-every worker guards with.
+stream as an SSE comment before the first chunk, before each chunk that ends a choice, and before `[DONE]`. Evidence
+that rides the response needs no second connection, survives load balancers, and cannot be taken for another request's.
+`GET /undertow/status` says what every worker guards with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ log = logging.getLogger("undertow.engine")
 
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 DONE = b"data: [DONE]"
+ENDS_A_CHOICE = b'"finish_reason":"'
+"""In a chunk that ends a choice, and in no other: a text's own quotes are escaped."""
 STATUS_TIMEOUT_S = 5.0
+_UNAVAILABLE = {
+    "error": {
+        "message": "the guard's workers do not answer",
+        "type": "server_error",
+        "param": None,
+        "code": "guard_unavailable",
+    }
+}
 
 
 class EvidenceMiddleware:
@@ -69,7 +79,13 @@ class EvidenceMiddleware:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the request under an id that only this process knows, and add what the worker says of it."""
-        client = await self._channel(scope)
+        try:
+            client = await self._channel(scope)
+        except Exception as error:  # noqa: BLE001  (whatever went wrong in the engine, nothing passes unjudged)
+            log.error("no evidence channel: %s", error)
+            response = JSONResponse(_UNAVAILABLE, status_code=503)
+            await response(scope, receive, send)
+            return
         key = uuid.uuid4().hex
         headers = MutableHeaders(scope=scope)
         headers["x-request-id"] = key
@@ -102,7 +118,7 @@ class _Answer:
                 if evidence is not None:
                     MutableHeaders(raw=start["headers"])[REQUEST_HEADER] = evidence.to_json()
                 await self._send(start)
-        elif self._streams and message.get("body", b"").startswith(DONE):
+        elif self._streams and _ends(message.get("body", b"")):
             await self._comment(await self._evidence())
         await self._send(message)
 
@@ -119,3 +135,7 @@ class _Answer:
         if evidence is not None:
             body = f"{STREAM_PREFIX}{evidence.to_json()}\n\n".encode()
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _ends(body: bytes) -> bool:
+    return body.startswith(DONE) or ENDS_A_CHOICE in body

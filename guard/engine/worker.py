@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from guard.errors import BankError, CalibrationError, EngineError, UnscoredError
 from guard.evidence import POLICY_ARGUMENT, DetectorStatus, Evidence, WorkerStatus
 from guard.scores import BankSpace, Detector
 from guard.verdict import DETECTORS, DetectorName
+from guard.version import VERSION
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -200,7 +200,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             detectors=tuple(
                 DetectorStatus(detector=name, supported_fpr=calibration.supported_fpr(name)) for name in DETECTORS
             ),
-            undertow_version=version("undertow"),
+            undertow_version=VERSION,
             vllm_version=vllm.__version__,
             dtype=str(self.model_config.dtype).removeprefix("torch."),
             requests_judged=ledger.requests_judged,
