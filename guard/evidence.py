@@ -20,7 +20,7 @@ EVIDENCE_VERSION: Literal[1] = 1
 REQUEST_HEADER = "x-undertow-evidence"
 """Request header (any value) that asks the engine for evidence; response header that carries it in a full response."""
 STREAM_PREFIX = ": undertow "
-"""SSE comment that carries evidence in a stream: before the first chunk, each chunk that ends a choice, and `[DONE]`."""
+"""SSE comment with evidence in a stream: before the first chunk, each chunk that ends a choice, and `[DONE]`."""
 STATUS_PATH = "/undertow/status"
 """Where the engine's API process says what its workers guard with (a `Status` as JSON)."""
 POLICY_ARGUMENT = "undertow_policy"
