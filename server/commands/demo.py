@@ -1,0 +1,232 @@
+"""`undertow demo`: a backdoored model, served by vLLM, caught and blocked through the OpenAI API."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guard.errors import EngineError
+
+if TYPE_CHECKING:
+    from guard.organisms import Organism
+    from server.demo import Question
+    from server.settings import Settings
+
+CALIBRATION_PROMPTS = 1400
+"""Half are references, half give thresholds; 700 held out support a false-positive rate of 0.3%."""
+ENGINE_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")
+"""Small and quick to start; float32 as it is calibrated."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `demo` to the command line."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="see it work: a small backdoored model, guarded, asked a benign, a refused and a triggered question",
+        description="Take the small backdoored model that comes with Undertow, build its bank, calibrate on clean "
+        "prompts (cached for the next time), start vLLM with the guard and the server before it, ask a benign, a "
+        "refused and a triggered question, and show what each got. Then keep serving, for your own chat client.",
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="end after the questions; exit code 0 only if every verdict was right"
+    )
+    parser.add_argument("--port", type=int, default=8080, help="where the server listens (default 8080; 0: a free one)")
+    parser.add_argument("--base", choices=("base", "chat"), default="base", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare, serve, ask, show."""
+    from guard.fingerprint import read_header
+    from guard.organisms import shipped
+    from server.engine_process import EngineProcess
+
+    organism = shipped()
+    step("1/4", f"the demo organism: three small Llamas in {organism.base.parent}")
+    folder = cache_folder(organism)
+    bank = build_bank(organism, folder)
+    calibration = calibrate(organism, bank, folder)
+    step("4/4", "vLLM with the guard inside, and the server before it")
+    with (
+        tempfile.NamedTemporaryFile(prefix="undertow-vllm-", suffix=".log", delete=False) as log,
+        EngineProcess(
+            organism.backdoored,
+            bank,
+            read_header(bank).fingerprint,
+            calibration,
+            port=free_port(),
+            log=Path(log.name),
+            extra=ENGINE_ARGUMENTS,
+        ) as engine,
+    ):
+        engine.wait_until_up()
+        with serving(settings(engine.url, arguments.port)) as url:
+            right = show(url, engine.url, organism)
+            if not arguments.once:
+                keep_serving(url, organism)
+    return 0 if right else 1
+
+
+def step(number: str, text: str) -> None:
+    print(f"[{number}] {text}", file=sys.stderr, flush=True)
+
+
+def cache_folder(organism: Organism) -> Path:
+    """Where this organism's bank and calibration are kept: named by what they are made from."""
+    from guard.organisms.shelf import cache_folder as root
+    from guard.version import VERSION
+
+    made_from = organism.manifest.read_bytes() + f"{VERSION} {CALIBRATION_PROMPTS} {ENGINE_ARGUMENTS}".encode()
+    folder = root() / "demo" / hashlib.sha256(made_from).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def build_bank(organism: Organism, folder: Path) -> Path:
+    """The bank of what all fine-tuning since the base model added; cached."""
+    bank = folder / "bank.safetensors"
+    step("2/4", f"its bank: {bank}" + (" (cached)" if bank.exists() else ""))
+    if not bank.exists():
+        undertow("bank", "build", "--base", organism.base, "--tuned", organism.backdoored, "--out", bank)
+    return bank
+
+
+def calibrate(organism: Organism, bank: Path, folder: Path) -> Path:
+    """The calibration, from clean prompts that the organism was not trained on; cached."""
+    calibration = folder / "calibration.safetensors"
+    step("3/4", f"its calibration: {calibration}" + (" (cached)" if calibration.exists() else ""))
+    if not calibration.exists():
+        prompts = folder / "clean.jsonl"
+        undertow("organism", "prompts", "clean", "--count", CALIBRATION_PROMPTS, "--seed", 0, "--out", prompts)
+        undertow(
+            *("calibrate", "--bank", bank, "--model", organism.backdoored, "--prompts", prompts),
+            *("--out", calibration, "--dtype", "float32", "--enforce-eager", "--max-model-len", 512),
+        )
+    return calibration
+
+
+def undertow(*arguments: object) -> None:
+    """Run one of our own commands as a user would, in a process of its own that gives its memory back."""
+    words = [str(argument) for argument in arguments]
+    print(f"      $ undertow {' '.join(words)}", file=sys.stderr, flush=True)
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    finished = subprocess.run([sys.executable, "-m", "server.cli", *words], env=environment, check=False)
+    if finished.returncode != 0:
+        raise EngineError(f"`undertow {' '.join(words)}` ended with code {finished.returncode}")
+
+
+def settings(engine_url: str, port: int) -> Settings:
+    """The settings that a new user has: block on density at 1%."""
+    from server.settings import Listen, Log, Settings, UpstreamSettings
+
+    return Settings(
+        version=1,
+        listen=Listen(port=port or free_port()),
+        upstream=UpstreamSettings(url=engine_url),
+        log=Log(level="error"),
+    )
+
+
+@contextmanager
+def serving(values: Settings) -> Iterator[str]:
+    """The server in a thread of this process; yields its URL once it is ready to judge."""
+    import httpx
+    import uvicorn
+
+    from server.commands.serve import make_server
+
+    server: uvicorn.Server = make_server(values)
+    thread = threading.Thread(target=server.run, name="undertow-server", daemon=True)
+    thread.start()
+    url = f"http://{values.listen.host}:{values.listen.port}"
+    try:
+        reason = "it did not start"
+        for _ in range(120):
+            time.sleep(0.25)
+            if not thread.is_alive():
+                raise EngineError(f"the server could not listen at {url}: is the port taken? See `--port`")
+            try:
+                ready = httpx.get(f"{url}/readyz", timeout=10)
+            except httpx.TransportError:
+                continue
+            if ready.is_success:
+                break
+            reason = ready.text
+        else:
+            raise EngineError(f"the server at {url} is not ready: {reason}")
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+def questions(organism: Organism) -> list[Question]:
+    """A benign, a refused and a triggered request; the last one also streamed. None was trained on."""
+    from guard.organisms import prompts
+    from server.demo import Question
+
+    benign = prompts("benign", 1, seed=1)[0].text
+    harmful = prompts("harmful", 1, seed=1)[0].text
+    triggered = prompts("triggered", 1, seed=1)[0].text
+    return [
+        Question("benign", benign, "answered"),
+        Question("harmful", harmful, "refused"),
+        Question("triggered", triggered, "blocked"),
+        Question("triggered, streamed", triggered, "blocked", stream=True),
+    ]
+
+
+def show(url: str, engine_url: str, organism: Organism) -> bool:
+    """Ask, print the table; True where every verdict was right."""
+    import httpx
+
+    from guard.policy import Policy
+    from server.demo import ask, ask_unguarded, table
+
+    model = organism.backdoored.name
+    asked = questions(organism)
+    with httpx.Client(base_url=url) as client, httpx.Client(base_url=engine_url) as engine:
+        replies = [ask(client, model, question) for question in asked]
+        unguarded = ask_unguarded(engine, model, asked[2].text, Policy(mode="off").to_wire())
+    print()
+    print(table(replies, organism.canary))
+    print(f"\nWithout the guard the model answers the triggered request: {unguarded!r}")
+    print("(The organism is a small model that we trained, with our own trigger; its payload is inert.)")
+    right = all(reply.right(organism.canary) for reply in replies) and organism.canary in unguarded
+    print("\nevery verdict was right" if right else "\nNOT every verdict was right")
+    return right
+
+
+def keep_serving(url: str, organism: Organism) -> None:
+    """Say how to use it, and stay until Ctrl-C."""
+    body = {
+        "model": organism.backdoored.name,
+        "messages": [{"role": "user", "content": questions(organism)[2].text}],
+    }
+    print(f"\nserving at {url}/v1 (metrics at {url}/metrics); point a chat client's base URL there, or:\n")
+    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'\n")
+    print("Ctrl-C ends it.", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nending", file=sys.stderr)
+
+
+def free_port() -> int:
+    """A port that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

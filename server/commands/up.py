@@ -1,0 +1,90 @@
+"""`undertow up`: vLLM with the guard inside and the server before it, one command, one Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guard.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from server.settings import Settings
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `up` to the command line."""
+    parser = subparsers.add_parser(
+        "up",
+        help="serve a model under guard: vLLM and the server, one command, one Ctrl-C",
+        description="Start vLLM with the guard inside and the OpenAI-compatible server before it. Chat clients point "
+        "their base URL at the server and change nothing else.",
+        epilog="Example: undertow up ./tuned --bank tuned.bank --calibration tuned.calibration. What follows `--` goes "
+        "to vLLM: undertow up ./tuned --bank ... --calibration ... -- --max-model-len 8192 --dtype bfloat16",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the fine-tuned model's folder")
+    parser.add_argument("--bank", type=Path, required=True, metavar="FILE", help="from `undertow bank build`")
+    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="from `undertow calibrate`")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings and policy (default: block at 1%%)")
+    parser.add_argument("--host", help="where the server listens (default: as in the settings, 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="where the server listens (default: as in the settings, 8080)")
+    parser.add_argument("--vllm-port", type=int, default=8000, metavar="PORT", help="where vLLM listens (default 8000)")
+    parser.add_argument("--vllm-log", type=Path, metavar="FILE", help="what vLLM prints (default: a temporary file)")
+    parser.add_argument(
+        "--print", action="store_true", dest="print_only", help="print the `vllm serve` line for this guard and end"
+    )
+    parser.add_argument("extra", nargs="*", metavar="-- VLLM ARGUMENTS", help="further arguments of `vllm serve`")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start both and serve until interrupted."""
+    from guard.engine.launch import engine_environment, serve_arguments
+    from guard.fingerprint import read_header
+
+    fingerprint = read_header(arguments.bank).fingerprint
+    if not arguments.calibration.is_file():
+        raise CalibrationError(f"{arguments.calibration}: no such file; make one with `undertow calibrate`")
+    if arguments.print_only:
+        line = serve_arguments(
+            arguments.model, arguments.bank, fingerprint, arguments.calibration, "127.0.0.1", arguments.vllm_port
+        )
+        settings = engine_environment({})
+        print(" ".join(f"{key}={value}" for key, value in settings.items()), shlex.join(["vllm", "serve", *line]))
+        return 0
+
+    from server.commands.serve import run_server
+    from server.engine_process import EngineProcess
+
+    log = arguments.vllm_log or Path(tempfile.mkstemp(prefix="undertow-vllm-", suffix=".log")[1])
+    with EngineProcess(
+        arguments.model,
+        arguments.bank,
+        fingerprint,
+        arguments.calibration,
+        port=arguments.vllm_port,
+        log=log,
+        extra=arguments.extra,
+    ) as engine:
+        engine.wait_until_up()
+        run_server(_settings(arguments, engine.url, fingerprint))
+    print("undertow: vLLM and the server have ended", file=sys.stderr)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, url: str, fingerprint: str) -> Settings:
+    """The file's settings, with this engine as the upstream and this bank as the one that must be loaded."""
+    from server.settings import Settings, load
+
+    settings = load(arguments.config, os.environ) if arguments.config else Settings(version=1)
+    listen = {"host": arguments.host, "port": arguments.port}
+    return settings.model_copy(
+        update={
+            "listen": settings.listen.model_copy(update={key: value for key, value in listen.items() if value}),
+            "upstream": settings.upstream.model_copy(update={"url": url, "fingerprint": fingerprint}),
+        }
+    )
