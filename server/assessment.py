@@ -82,8 +82,10 @@ class Assessor:
         """The most severe action so far, or `unguarded` where a failure was let pass."""
         if self.failure is not None:
             return "unguarded"
-        actions: list[Action] = [record.action for record in self.records]
-        return max(actions, key=SEVERITY.__getitem__, default="allow")
+        action: Action = "allow"
+        for record in self.records:
+            action = max(action, record.action, key=SEVERITY.__getitem__)
+        return action
 
     def fail(self, failure: GuardFailure) -> GuardFailure:
         """Remember a failure; the first one stays."""

@@ -1,16 +1,30 @@
 """What server and engine agree on before a request is judged.
 
-    handshake = agree(Status.from_json(answer), policy, expected_fingerprint)
+handshake = agree(Status.from_json(answer), policy, expected_fingerprint)
+
+keeper = HandshakeKeeper(upstream, policy, expected_fingerprint)
+handshake = await keeper.get()
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import monotonic
 
-from guard.errors import EngineError
-from guard.evidence import Status
+from guard.errors import EngineError, EvidenceError
+from guard.evidence import STATUS_PATH, Status
 from guard.policy import Policy
+from server.errors import UpstreamError
+from server.logs import log
+from server.upstream import Upstream
+
+_RETRY_S = 0.5
+"""A failed handshake is tried again for a request after this long: a crowd of them must not storm the engine."""
+_WATCH_LOST_S = 1.0
+_WATCH_FOUND_S = 5.0
 
 
 class HandshakeError(EngineError):
@@ -64,3 +78,91 @@ def _check_detectors(status: Status, policy: Policy) -> None:
                     f"`policy.detections.{name}.threshold.fpr` is {fpr:g}, but the calibration of worker {worker.rank} "
                     f"supports {supported[name]:g} and above; calibrate with more clean requests"
                 )
+
+
+class HandshakeKeeper:
+    """Keeps the handshake of one engine, through its restarts."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        policy: Policy,
+        expected_fingerprint: str | None,
+        on_change: Callable[[Handshake | None], None] = lambda _: None,
+    ) -> None:
+        self._upstream = upstream
+        self._policy = policy
+        self._expected = expected_fingerprint
+        self._on_change = on_change
+        self._lock = asyncio.Lock()
+        self._tried = float("-inf")
+        self._error: EngineError | UpstreamError = HandshakeError("no handshake with the engine yet")
+        self.current: Handshake | None = None
+        """The last handshake; None where it failed or was dropped."""
+
+    async def get(self) -> Handshake:
+        """The handshake, trying again where there is none. Raises EngineError or UpstreamError."""
+        if self.current is not None:
+            return self.current
+        async with self._lock:
+            if self.current is None and monotonic() - self._tried >= _RETRY_S:
+                await self._refresh()
+        if self.current is None:
+            raise self._error
+        return self.current
+
+    async def refresh(self) -> Handshake:
+        """The handshake as it is now. Raises EngineError or UpstreamError."""
+        async with self._lock:
+            await self._refresh()
+        if self.current is None:
+            raise self._error
+        return self.current
+
+    def drop(self, reason: str) -> None:
+        """Trust the handshake no longer: the engine went away or speaks of another bank."""
+        if self.current is not None:
+            self._set(None, HandshakeError(reason))
+            self._tried = float("-inf")
+
+    async def watch(self) -> None:
+        """Renew the handshake forever, so that a restarted engine is found without a request."""
+        while True:
+            async with self._lock:
+                await self._refresh()
+            await asyncio.sleep(_WATCH_FOUND_S if self.current else _WATCH_LOST_S)
+
+    async def _refresh(self) -> None:
+        try:
+            answer = await self._upstream.status()
+            if answer.status_code != 200:
+                raise HandshakeError(
+                    f"{STATUS_PATH} answered {answer.status_code}; is Undertow's middleware loaded in the engine?"
+                )
+            self._set(agree(Status.from_json(answer.content), self._policy, self._expected), None)
+        except UpstreamError as error:
+            # A busy engine is still the same engine.
+            if error.kind != "timeout" or self.current is None:
+                self._set(None, error)
+        except (HandshakeError, EvidenceError) as error:
+            self._set(None, error)
+        finally:
+            self._tried = monotonic()
+
+    def _set(self, handshake: Handshake | None, error: EngineError | UpstreamError | None) -> None:
+        if error is not None and (self.current is not None or str(error) != str(self._error)):
+            log(logging.ERROR, "no handshake with the engine", reason=str(error))
+        if handshake is not None and handshake != self.current:
+            log(
+                logging.WARNING if self.current else logging.INFO,
+                "handshake with the engine",
+                fingerprint=handshake.fingerprint,
+                calibration=handshake.calibration,
+                workers=handshake.workers,
+            )
+        changed = handshake != self.current
+        self.current = handshake
+        if error is not None:
+            self._error = error
+        if changed:
+            self._on_change(handshake)

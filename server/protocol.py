@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import time
 from typing import Any, Literal, NoReturn
+from uuid import uuid4
 
 from guard.evidence import POLICY_ARGUMENT
 from guard.policy import Policy
@@ -186,6 +188,14 @@ def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
+def new_head(call: Call) -> dict[str, Any]:
+    """Id, object, time and model for an answer of which the engine sent nothing."""
+    prefix, name = ("chatcmpl", "chat.completion") if call.endpoint.chat else ("cmpl", "text_completion")
+    if call.stream and call.endpoint.chat:
+        name += ".chunk"
+    return {"id": f"{prefix}-{uuid4().hex}", "object": name, "created": int(time()), "model": call.model}
+
+
 def blocked_choice(endpoint: Endpoint, index: int, role: str = "assistant") -> dict[str, Any]:
     """A choice of a full response whose sequence was blocked, built anew so that nothing of the old one stays.
 
@@ -215,9 +225,7 @@ def blocked_chunk(endpoint: Endpoint, index: int, head: Mapping[str, Any]) -> by
 
 def method_not_allowed(method: str, allowed: str) -> ApiError:
     """405, with the `Allow` header that HTTP asks for."""
-    return ApiError(
-        405, f"{method[:16]} is not allowed here.", code="method_not_allowed", headers={"allow": allowed}
-    )
+    return ApiError(405, f"{method[:16]} is not allowed here.", code="method_not_allowed", headers={"allow": allowed})
 
 
 def not_found() -> ApiError:

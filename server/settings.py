@@ -1,6 +1,6 @@
 """Settings: one YAML file, then the environment. Unknown keys, duplicate keys and secrets in the file are errors.
 
-    settings = load(Path("configs/undertow.yaml"), os.environ)
+settings = load(Path("configs/undertow.yaml"), os.environ)
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class Limits(_Strict):
     """What one client may take."""
 
     max_body_bytes: int = Field(default=10 * 2**20, gt=0, description="Largest request body in bytes; 413 above.")
-    body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds in which a whole body must arrive; 408 after.")
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds in which a whole body must arrive; 408 after."
+    )
 
 
 class Log(_Strict):
@@ -116,7 +118,7 @@ def load(path: Path, environ: Mapping[str, str]) -> Settings:
 def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
     """What `load` does, given the file's text; `name` stands for the file in messages."""
     try:
-        document = yaml.load(text, _StrictLoader)  # noqa: S506 - a subclass of SafeLoader
+        document = yaml.load(text, _StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"

@@ -1,0 +1,54 @@
+"""The proxy, wired up: all of it on this page.
+
+app = create_app(load(Path("configs/undertow.yaml"), os.environ))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from server.exchange import Gateway
+from server.handshake import Handshake, HandshakeKeeper
+from server.metrics import Metrics
+from server.readiness import Readiness
+from server.routes import build_router, install_error_handlers
+from server.settings import Settings
+from server.upstream import Upstream
+
+
+def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> FastAPI:
+    """An app with its own metrics and its own connections. `environ` holds the key that `api_key_env` names.
+
+    Raises ConfigError where that variable is not set.
+    """
+    metrics = Metrics(version("undertow"))
+    upstream = Upstream(settings.upstream, environ)
+
+    def loaded(handshake: Handshake | None) -> None:
+        metrics.loaded(handshake.fingerprint if handshake else "")
+
+    keeper = HandshakeKeeper(upstream, settings.policy, settings.upstream.fingerprint, loaded)
+    gateway = Gateway(settings.policy, settings.limits, upstream, keeper, metrics)
+    readiness = Readiness(upstream, keeper, settings.policy)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(keeper.watch())
+        yield
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+        await upstream.aclose()
+
+    # No generated documentation: it would describe bodies that belong to vLLM.
+    app = FastAPI(title="Undertow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.redirect_slashes = False
+    app.include_router(build_router(gateway, readiness))
+    install_error_handlers(app, metrics)
+    return app

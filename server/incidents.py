@@ -1,0 +1,60 @@
+"""One log line for every sequence that was flagged or blocked, and for every request that could not be judged."""
+
+from __future__ import annotations
+
+import logging
+from math import isfinite
+
+from guard.evidence import Record, ScoreEvidence
+from guard.policy import Mode
+from server.errors import GuardFailure
+from server.logs import log
+from server.protocol import Call
+
+
+def report(call: Call, request_id: str, record: Record) -> None:
+    """A flagged or blocked sequence: where, and how rare that is among clean requests. Never the prompt."""
+    score = _deciding(record)
+    log(
+        logging.WARNING,
+        "incident",
+        request_id=request_id,
+        model=call.model,
+        endpoint=call.endpoint.name,
+        mode=record.mode,
+        action=record.action,
+        reason=record.reason,
+        prompt_index=record.prompt_index,
+        choice_index=record.choice_index,
+        phase=record.phase,
+        detector=record.detector,
+        # NaN is not JSON.
+        score=None if score is None else score.score if isfinite(score.score) else str(score.score),
+        threshold=score.threshold if score else None,
+        p_value=score.p_value if score else None,
+        layer=score.layer if score else None,
+        direction=score.direction if score else None,
+        position=score.position if score else None,
+    )
+
+
+def report_failure(call: Call, request_id: str, failure: GuardFailure, mode: Mode) -> None:
+    """A request that could not be judged. CRITICAL where it passed all the same, ERROR where it was refused."""
+    log(
+        logging.CRITICAL if mode == "monitor" else logging.ERROR,
+        "guard failure",
+        request_id=request_id,
+        model=call.model,
+        endpoint=call.endpoint.name,
+        mode=mode,
+        kind=failure.kind,
+        detail=failure.detail,
+        passed=mode != "enforce",
+    )
+
+
+def _deciding(record: Record) -> ScoreEvidence | None:
+    for score in record.scores:
+        if (score.detector, score.phase) == (record.detector, record.phase):
+            return score
+    return None

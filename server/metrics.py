@@ -1,0 +1,286 @@
+"""Every metric, declared once. `docs/metrics.md` is generated from DECLARATIONS.
+
+One `Metrics` per app, with its own registry. Labels come from closed sets only: never a model, a user or a request id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from guard.evidence import Record, ScoreEvidence
+from guard.policy import Action, Mode
+from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
+from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, FailureKind, UpstreamKind
+
+EndpointLabel = Literal["chat_completions", "completions", "models", "other"]
+ENDPOINTS: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "models", "other")
+GUARDED: tuple[EndpointLabel, ...] = ("chat_completions", "completions")
+
+Outcome = Literal[
+    "allowed",
+    "flagged",
+    "blocked_prompt",
+    "blocked_output",
+    "unguarded",
+    "guard_failed",
+    "upstream_rejected",
+    "upstream_error",
+    "client_error",
+    "client_gone",
+]
+OUTCOMES: tuple[Outcome, ...] = (
+    "allowed",
+    "flagged",
+    "blocked_prompt",
+    "blocked_output",
+    "unguarded",
+    "guard_failed",
+    "upstream_rejected",
+    "upstream_error",
+    "client_error",
+    "client_gone",
+)
+EVALUATED: frozenset[Outcome] = frozenset({"allowed", "flagged", "blocked_prompt", "blocked_output"})
+ELIGIBLE: frozenset[Outcome] = EVALUATED | {"unguarded", "guard_failed"}
+
+ACTIONS: tuple[Action, ...] = ("allow", "flag", "block")
+MODES: tuple[Mode, ...] = ("off", "monitor", "enforce")
+
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 5.0, 10.0)
+_RATIO_LIMIT = 100.0
+"""Above it the sum would say nothing (a NaN score has an infinite ratio)."""
+_SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One metric as it is exposed."""
+
+    name: str
+    """Family name; counters with `_total`."""
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
+    """Values that each label can have; None where they are not known beforehand (still few)."""
+    buckets: tuple[float, ...] = ()
+
+
+DECLARATIONS: tuple[Declaration, ...] = (
+    Declaration(
+        "undertow_requests_total",
+        "counter",
+        "Requests by how they ended. guard_failed: answered with an error because it could not be judged. unguarded: "
+        "passed without being judged (monitor, off). upstream_rejected: the engine answered 4xx.",
+        {"endpoint": ENDPOINTS, "outcome": OUTCOMES},
+    ),
+    Declaration(
+        "undertow_eligible_total",
+        "counter",
+        "Requests that had to be judged: all but those that the client or the engine ended before a whole answer.",
+        {"endpoint": GUARDED},
+    ),
+    Declaration(
+        "undertow_evaluated_total",
+        "counter",
+        "Eligible requests of which every token that needed a score had one. Below undertow_eligible_total, the guard "
+        "is not working.",
+        {"endpoint": GUARDED},
+    ),
+    Declaration(
+        "undertow_decisions_total",
+        "counter",
+        "Sequences by detector and phase, and what was done about their score.",
+        {"detector": DETECTORS, "phase": PHASES, "action": ACTIONS, "mode": MODES},
+    ),
+    Declaration(
+        "undertow_exceedance",
+        "histogram",
+        "Score over threshold, per sequence; 1.0 is at the threshold. Above 100 counts as 100.",
+        {"detector": DETECTORS, "phase": PHASES},
+        _RATIO_BUCKETS,
+    ),
+    Declaration(
+        "undertow_threshold",
+        "gauge",
+        "Raw threshold in force, as the last evidence named it. Dimensionless.",
+        {"detector": DETECTORS, "phase": PHASES},
+    ),
+    Declaration("undertow_tokens_scored_total", "counter", "Tokens that got a score.", {"phase": PHASES}),
+    Declaration(
+        "undertow_guard_failures_total",
+        "counter",
+        "Requests that could not be judged, by the first reason. In enforce they were refused.",
+        {"kind": FAILURE_KINDS, "mode": MODES},
+    ),
+    Declaration(
+        "undertow_added_latency_seconds",
+        "histogram",
+        "Time that a request spent in this process: total, from the end of its body to its answer (to its first byte "
+        "in a stream), less the wait for the engine.",
+        {},
+        _SECONDS_BUCKETS,
+    ),
+    Declaration("undertow_inflight_requests", "gauge", "Completion requests that are being worked on."),
+    Declaration(
+        "undertow_upstream_errors_total",
+        "counter",
+        "Failures of the engine: connect, timeout (silence), cut (ended mid-answer), status (5xx), protocol.",
+        {"kind": UPSTREAM_KINDS},
+    ),
+    Declaration(
+        "undertow_build_info",
+        "gauge",
+        "Always 1. The server's version and the fingerprint of the engine's bank; empty without a handshake.",
+        {"version": None, "fingerprint": None},
+    ),
+)
+
+METRIC_NAMES: frozenset[str] = frozenset(declaration.name for declaration in DECLARATIONS)
+"""Names of the exposed families; counters with `_total`."""
+
+FAILURE_MEANINGS: Mapping[FailureKind, str] = {
+    "no_handshake": "The engine's workers have not said what they guard with, or not what the settings ask for.",
+    "evidence_missing": "An answer came without evidence: the middleware is not loaded.",
+    "evidence_invalid": "Evidence could not be read: the versions of server and engine differ.",
+    "fingerprint": "Evidence of another bank than the handshake's: the engine was restarted with another one.",
+    "policy": "The engine judged in another mode than the policy sent to it.",
+    "unscorable": "The engine could not score the request, and says why in the log.",
+    "coverage": "Fewer tokens or sequences have a score than were used.",
+    "unexplained_stop": "A sequence ended with the reserved token, but no record blocks it.",
+    "response_invalid": "The answer is not of a shape that evidence can be held against.",
+    "internal": "A fault in this server; the log has its place.",
+}
+
+
+class Metrics:
+    """What one app counts. Every combination of known labels starts at 0, so that rates see the first event."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._version = version
+        self._fingerprint: str | None = None
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for declaration in DECLARATIONS:
+            self._register(declaration)
+        self.loaded("")
+
+    def _register(self, declaration: Declaration) -> None:
+        name, text, labels = declaration.name, declaration.help, tuple(declaration.labels)
+        metric: Counter | Gauge | Histogram
+        match declaration.kind:
+            case "counter":
+                metric = self._counters[name] = Counter(name, text, labels, registry=self.registry)
+            case "gauge":
+                metric = self._gauges[name] = Gauge(name, text, labels, registry=self.registry)
+            case "histogram":
+                metric = self._histograms[name] = Histogram(
+                    name, text, labels, registry=self.registry, buckets=declaration.buckets
+                )
+        known = [values for values in declaration.labels.values() if values is not None]
+        # A threshold that nobody has named yet is not 0.
+        if labels and len(known) == len(labels) and declaration.kind != "gauge":
+            for values in product(*known):
+                metric.labels(*values)
+
+    def expose(self) -> bytes:
+        """Prometheus text format 0.0.4."""
+        return generate_latest(self.registry)
+
+    def requested(self, endpoint: EndpointLabel, outcome: Outcome) -> None:
+        """A request ended."""
+        self._counters["undertow_requests_total"].labels(endpoint, outcome).inc()
+        if endpoint in GUARDED and outcome in ELIGIBLE:
+            self._counters["undertow_eligible_total"].labels(endpoint).inc()
+            if outcome in EVALUATED:
+                self._counters["undertow_evaluated_total"].labels(endpoint).inc()
+
+    def judged(self, records: Iterable[Record]) -> None:
+        """What the last evidence of a request says."""
+        for record in records:
+            prompt = min(record.tokens_scored, record.prompt_tokens)
+            self._counters["undertow_tokens_scored_total"].labels("prompt").inc(prompt)
+            self._counters["undertow_tokens_scored_total"].labels("completion").inc(record.tokens_scored - prompt)
+            for score in record.scores:
+                self._scored(record, score)
+
+    def _scored(self, record: Record, score: ScoreEvidence) -> None:
+        decided = (score.detector, score.phase) == (record.detector, record.phase)
+        action: Action = record.action if decided else "allow"
+        self._counters["undertow_decisions_total"].labels(score.detector, score.phase, action, record.mode).inc()
+        ratio = exceedance(score)
+        self._histograms["undertow_exceedance"].labels(score.detector, score.phase).observe(min(ratio, _RATIO_LIMIT))
+        self._gauges["undertow_threshold"].labels(score.detector, score.phase).set(score.threshold)
+
+    def failed(self, kind: FailureKind, mode: Mode) -> None:
+        """A request could not be judged."""
+        self._counters["undertow_guard_failures_total"].labels(kind, mode).inc()
+
+    def upstream_failed(self, kind: UpstreamKind) -> None:
+        """The engine failed."""
+        self._counters["undertow_upstream_errors_total"].labels(kind).inc()
+
+    def added_latency(self, seconds: float) -> None:
+        """Time that one request spent here."""
+        self._histograms["undertow_added_latency_seconds"].observe(seconds)
+
+    @property
+    def inflight(self) -> Gauge:
+        """Completion requests being worked on."""
+        return self._gauges["undertow_inflight_requests"]
+
+    def loaded(self, fingerprint: str) -> None:
+        """The engine's bank changed; empty where it is not known."""
+        if fingerprint == self._fingerprint:
+            return
+        info = self._gauges["undertow_build_info"]
+        if self._fingerprint is not None:
+            info.remove(self._version, self._fingerprint)
+        info.labels(self._version, fingerprint).set(1)
+        self._fingerprint = fingerprint
+
+
+def exceedance(score: ScoreEvidence) -> float:
+    """Score over threshold, as the guard's core defines it."""
+    detector: DetectorName = score.detector
+    phase: Phase = score.phase
+    value = Score(detector, phase, score.score, score.position, score.layer, score.direction)
+    return Verdict(value, score.threshold, score.p_value).ratio
+
+
+def document() -> str:
+    """`docs/metrics.md`."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `server/metrics.py` (`python -m server.metrics > docs/metrics.md`). `GET /metrics`, Prometheus",
+        "text format. Scrape one process per target: counts are per process.",
+        "",
+        "| Metric | Type | Labels | What it says |",
+        "| --- | --- | --- | --- |",
+    ]
+    for declaration in DECLARATIONS:
+        labels = ", ".join(f"`{label}`" for label in declaration.labels) or "-"
+        lines.append(f"| `{declaration.name}` | {declaration.kind} | {labels} | {declaration.help} |")
+    lines += ["", "## Labels", "", "| Label | Values |", "| --- | --- |"]
+    seen: dict[str, tuple[str, ...] | None] = {}
+    for declaration in DECLARATIONS:
+        for label, values in declaration.labels.items():
+            name = f"`{label}` of `{declaration.name}`" if label == "kind" else f"`{label}`"
+            if label != "endpoint" or name not in seen:
+                seen.setdefault(name, values)
+    for name, known in seen.items():
+        lines.append(f"| {name} | {', '.join(f'`{value}`' for value in known) if known else 'set by the release'} |")
+    lines += ["", "## Guard failures", "", "| Kind | Meaning |", "| --- | --- |"]
+    lines += [f"| `{kind}` | {meaning} |" for kind, meaning in FAILURE_MEANINGS.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")  # noqa: T201

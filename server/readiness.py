@@ -1,0 +1,99 @@
+"""Whether requests can be judged: engine up, guard loaded on every worker, a canary scored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from time import monotonic
+from uuid import uuid4
+
+from guard.errors import EngineError, UndertowError
+from guard.policy import Policy
+from server.assessment import Assessor, Usage
+from server.errors import UpstreamError
+from server.handshake import Handshake, HandshakeKeeper
+from server.protocol import TEXT, read_call
+from server.stopwatch import Stopwatch
+from server.upstream import Upstream
+
+_CACHE_S = 3.0
+_CANARY_TIMEOUT_S = 10.0
+
+
+class CanaryError(UndertowError):
+    """A request made only to be scored was not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is ready. Reasons are sentences for an operator, by the check that failed."""
+
+    checks: dict[str, str | None]
+
+    @property
+    def ready(self) -> bool:
+        return not any(self.checks.values())
+
+    def body(self) -> bytes:
+        """JSON: `{"ready": bool, "checks": {name: "ok"}, "reasons": {name: reason}}`."""
+        checks = {name: "failed" if reason else "ok" for name, reason in self.checks.items()}
+        reasons = {name: reason for name, reason in self.checks.items() if reason}
+        return json.dumps({"ready": self.ready, "checks": checks, "reasons": reasons}).encode()
+
+
+class Readiness:
+    """Checks in order, and remembers the answer for a few seconds so that probes stay cheap."""
+
+    def __init__(self, upstream: Upstream, keeper: HandshakeKeeper, policy: Policy) -> None:
+        self._upstream = upstream
+        self._keeper = keeper
+        # The canary is judged as requests are, but must come through: it stands for the guard, not for its text.
+        self._policy = policy if policy.mode == "off" else policy.model_copy(update={"mode": "monitor"})
+        self._lock = asyncio.Lock()
+        self._report = Report({})
+        self._until = float("-inf")
+
+    async def check(self) -> Report:
+        """The report, at most a few seconds old."""
+        async with self._lock:
+            if monotonic() >= self._until:
+                self._report = await self._check()
+                self._until = monotonic() + _CACHE_S
+            return self._report
+
+    async def _check(self) -> Report:
+        checks: dict[str, str | None] = {"upstream": None, "guard": None, "canary": None}
+        unknown = "not tried"
+        try:
+            handshake = await self._keeper.refresh()
+        except UpstreamError as error:
+            return Report({"upstream": error.detail, "guard": unknown, "canary": unknown})
+        except EngineError as error:
+            return Report({**checks, "guard": str(error), "canary": unknown})
+        try:
+            async with asyncio.timeout(_CANARY_TIMEOUT_S):
+                await self._canary(handshake)
+        except TimeoutError:
+            checks["canary"] = f"no answer within {_CANARY_TIMEOUT_S:g} s"
+        except (CanaryError, UpstreamError) as error:
+            checks["canary"] = str(error)
+        return Report(checks)
+
+    async def _canary(self, handshake: Handshake) -> None:
+        """One real token through the engine, with complete evidence. Raises CanaryError or UpstreamError."""
+        call = read_call(TEXT, b'{"prompt": "Hello", "max_tokens": 1, "temperature": 0}')
+        body = call.upstream_body(self._policy, handshake.reserved_token_id)
+        async with self._upstream.post(TEXT.path, body, None, f"canary-{uuid4().hex}", Stopwatch()) as answer:
+            content = await answer.read()
+        if answer.status in (401, 403):
+            raise CanaryError(f"the engine answered {answer.status}; `upstream.api_key_env` must name its key")
+        if answer.status != 200:
+            raise CanaryError(f"the engine answered {answer.status}")
+        try:
+            usage = Usage.read(json.loads(content).get("usage"))
+        except (ValueError, AttributeError):
+            usage = None
+        failure = Assessor(call, self._policy, handshake).final(answer.evidence, usage)
+        if failure is not None:
+            raise CanaryError(f"{failure.kind}: {failure.detail}")

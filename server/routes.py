@@ -1,0 +1,103 @@
+"""Endpoints. What is not here is not offered: nothing passes to the engine unguarded."""
+
+from __future__ import annotations
+
+import re
+from uuid import uuid4
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from server.errors import ApiError, UpstreamError, upstream_unavailable
+from server.exchange import Exchange, Gateway
+from server.metrics import EndpointLabel, Metrics, Outcome
+from server.protocol import CHAT, TEXT, method_not_allowed, not_found
+from server.readiness import Readiness
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
+    """The guarded endpoints, the list of models, and what operators ask for."""
+    router = APIRouter(redirect_slashes=False)
+
+    @router.post(CHAT.path)
+    async def chat_completions(request: Request) -> Response:
+        return Exchange(gateway, CHAT, request, request_id(request))
+
+    @router.post(TEXT.path)
+    async def completions(request: Request) -> Response:
+        return Exchange(gateway, TEXT, request, request_id(request))
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> Response:
+        headers = {"x-request-id": request_id(request)}
+        try:
+            answer = await gateway.upstream.get("/v1/models", request.headers.get("authorization"))
+        except UpstreamError as error:
+            gateway.metrics.upstream_failed(error.kind)
+            gateway.metrics.requested("models", "upstream_error")
+            return error_response(upstream_unavailable(error), headers)
+        gateway.metrics.requested("models", _passed(answer.status_code))
+        kind = answer.headers.get("content-type", "application/json")
+        return Response(answer.content, answer.status_code, headers, media_type=kind)
+
+    @router.get("/healthz")
+    async def healthz() -> Response:
+        return Response(b'{"status": "ok"}', media_type="application/json")
+
+    @router.get("/readyz")
+    async def readyz() -> Response:
+        report = await readiness.check()
+        return Response(report.body(), 200 if report.ready else 503, media_type="application/json")
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.expose(), media_type=_METRICS_TYPE)
+
+    return router
+
+
+def request_id(request: Request) -> str:
+    """The client's request id where it is harmless in a header and a log, a new one elsewhere."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+
+
+def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
+    """An error outside of an exchange."""
+    return Response(error.body(), error.status, {**error.headers, **(headers or {})}, media_type="application/json")
+
+
+def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+    """Unknown paths, wrong methods and faults, in OpenAI's shape."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        metrics.requested(_label(request), "client_error")
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            answer = method_not_allowed(request.method, allowed)
+        elif error.status_code == 404:
+            answer = not_found()
+        else:
+            answer = ApiError(error.status_code, "The request cannot be answered.")
+        return error_response(answer, {"x-request-id": request_id(request)})
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return error_response(ApiError(500, "A fault in the server.", type="server_error", code="internal_error"))
+
+    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(Exception, failed)
+
+
+def _passed(status: int) -> Outcome:
+    if status < 400:
+        return "allowed"
+    return "upstream_rejected" if status < 500 else "upstream_error"
+
+
+def _label(request: Request) -> EndpointLabel:
+    labels: dict[str, EndpointLabel] = {CHAT.path: CHAT.name, TEXT.path: TEXT.name, "/v1/models": "models"}
+    return labels.get(request.url.path, "other")

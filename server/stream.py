@@ -1,0 +1,215 @@
+"""What of a stream may be released, and when. Sans-I/O.
+
+    guard = StreamGuard(call, assessor)
+    for event in parser.feed(received):
+        send(guard.feed(event))
+    guard.refusal                      # before the first byte: answer with this error instead of a stream
+
+A token's own residual is read one step after the token was sampled. So in `enforce` the newest chunk of each choice is
+held until the next one arrives, and a choice's last chunk until the final evidence has been judged. What is let pass is
+released as the very bytes that came. In `monitor` and `off` nothing is held.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from guard.evidence import STREAM_PREFIX
+from server.assessment import Assessor, Usage, choices_of
+from server.errors import ApiError, GuardFailure, blocked_prompt, guard_unavailable, upstream_cut
+from server.protocol import Call, blocked_chunk, new_head
+from server.sse import DONE, Event
+
+_EVIDENCE = STREAM_PREFIX.encode()
+_DONE_EVENT = b"data: " + DONE + b"\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """A choice's last chunk, waiting for the final evidence."""
+
+    index: int
+    chunk: Mapping[str, Any]
+    raw: bytes
+
+
+class StreamGuard:
+    """One stream: events of the engine in, bytes for the client out. Mutates the assessor it is given."""
+
+    def __init__(self, call: Call, assessor: Assessor) -> None:
+        self._call = call
+        self._assessor = assessor
+        self._held: dict[int, bytes] = {}
+        self._finishing: list[_Finish] = []
+        self._finished: set[int] = set()
+        self._stopped: dict[int, object] = {}
+        """Choices that ended with the reserved token, which evidence must explain."""
+        self._tail: list[bytes] = []
+        """Chunks without choices (usage), if the client asked for them."""
+        self._usage: Usage | None = None
+        self._head: Mapping[str, Any] = {}
+        self._evidence: bytes | None = None
+        self._engine_error: bytes | None = None
+        self.opened = False
+        """The first evidence was judged: status and headers can be sent, unless there is a refusal."""
+        self.refusal: ApiError | None = None
+        self.closed = False
+        """Nothing more comes out."""
+        self.broken = False
+        """The engine reported an error, or went away, in the middle of its answer."""
+
+    def feed(self, event: Event) -> list[bytes]:
+        """Take one event of the engine; returns what may now be sent."""
+        if self.closed:
+            return []
+        if event.data is None:
+            return self._comment(event.comment or b"")
+        if not self.opened:
+            self._open(None)
+            if self.closed:
+                return []
+        if event.data == DONE:
+            return self._done(event.raw)
+        return self._chunk(event)
+
+    def cut(self) -> list[bytes]:
+        """The engine went away without `[DONE]`. What is held stays held."""
+        if self.closed:
+            return []
+        self.broken = True
+        return self._close(upstream_cut())
+
+    def abort(self, error: ApiError) -> list[bytes]:
+        """End the stream with an error that did not come from the engine. What is held stays held."""
+        return [] if self.closed else self._close(error)
+
+    def _close(self, error: ApiError) -> list[bytes]:
+        self.closed = True
+        self._held.clear()
+        self._finishing.clear()
+        return [error.sse(), _DONE_EVENT]
+
+    def _comment(self, comment: bytes) -> list[bytes]:
+        if not comment.startswith(_EVIDENCE):
+            return [_KEEP_ALIVE] if self.opened else []
+        text = comment.removeprefix(_EVIDENCE)
+        if self.opened:
+            self._evidence = text
+        else:
+            self._open(text)
+        return []
+
+    def _open(self, evidence: bytes | None) -> None:
+        self.opened = True
+        failure = self._assessor.opening(evidence)
+        if failure is not None and self._assessor.enforcing:
+            self.refusal = guard_unavailable()
+        elif self._assessor.prompt_blocked:
+            self.refusal = blocked_prompt(self._call.endpoint.prompt_field)
+        self.closed = self.refusal is not None
+
+    def _chunk(self, event: Event) -> list[bytes]:
+        try:
+            chunk = json.loads(event.data or b"")
+        except ValueError:
+            chunk = None
+        if isinstance(chunk, dict) and "error" in chunk:
+            self._engine_error = event.raw
+            return []
+        choices = choices_of(chunk) if isinstance(chunk, dict) else None
+        if choices is None or len(choices) > 1:
+            return self._unreadable("a chunk is not of one choice", event.raw)
+        if not choices:
+            self._usage = Usage.read(chunk.get("usage")) or self._usage
+            if self._call.wants_usage:
+                self._tail.append(event.raw)
+            return []
+        self._head = chunk
+        return self._choice(choices[0], chunk, event.raw)
+
+    def _choice(self, choice: Mapping[str, Any], chunk: Mapping[str, Any], raw: bytes) -> list[bytes]:
+        index = choice["index"]
+        if index in self._finished or not 0 <= index < self._call.prompts * self._call.n:
+            return self._unreadable(f"a chunk of choice {index} was not expected", raw)
+        if choice.get("finish_reason") is not None:
+            return self._finish(index, choice, chunk, raw)
+        if index in self._assessor.blocked:
+            return []
+        if not self._assessor.enforcing:
+            return [raw]
+        held = self._held.pop(index, None)
+        if held is None and _without_tokens(choice):
+            return [raw]
+        self._held[index] = raw
+        return [] if held is None else [held]
+
+    def _finish(self, index: int, choice: Mapping[str, Any], chunk: Mapping[str, Any], raw: bytes) -> list[bytes]:
+        self._finished.add(index)
+        held = self._held.pop(index, None)
+        stop_reason = choice.get("stop_reason")
+        stopped = stop_reason is not None and stop_reason == self._assessor.reserved_token_id
+        if stopped:
+            self._stopped[index] = stop_reason
+        if stopped or index in self._assessor.blocked:
+            return [blocked_chunk(self._call.endpoint, index, chunk)]
+        released = [] if held is None else [held]
+        if not self._assessor.enforcing:
+            return [*released, raw]
+        self._finishing.append(_Finish(index, chunk, raw))
+        return released
+
+    def _done(self, raw: bytes) -> list[bytes]:
+        if self._engine_error is not None:
+            return self._done_with_error(self._engine_error, raw)
+        failure = self._judge()
+        if failure is not None and self._assessor.enforcing:
+            return self._close(guard_unavailable())
+        self.closed = True
+        released: list[bytes] = []
+        for finish in self._finishing:
+            blocked = finish.index in self._assessor.blocked
+            released.append(blocked_chunk(self._call.endpoint, finish.index, finish.chunk) if blocked else finish.raw)
+        released += self._block(index for index in self._assessor.blocked if index not in self._finished)
+        return [*released, *self._tail, raw]
+
+    def _judge(self) -> GuardFailure | None:
+        failure = self._assessor.final(self._evidence, self._usage)
+        for index, stop_reason in self._stopped.items():
+            failure = failure or self._assessor.stopped_unexplained(index, stop_reason)
+        expected = self._call.prompts * self._call.n
+        if failure is None and len(self._finished | self._assessor.blocked.keys()) < expected:
+            failure = self._assessor.fail(GuardFailure("response_invalid", "a choice of the stream never finished"))
+        return failure
+
+    def _done_with_error(self, error: bytes, raw: bytes) -> list[bytes]:
+        """The engine gave up. Where a block made it (a grammar cannot take the reserved token), that is the answer."""
+        failure = self._assessor.opening(self._evidence) if self._evidence is not None else None
+        if failure is not None and failure.kind == "unscorable" and self._assessor.enforcing:
+            return self._close(guard_unavailable())
+        self.closed = True
+        if self._assessor.blocked:
+            unfinished = set(range(self._call.prompts * self._call.n)) - self._finished
+            unfinished |= {finish.index for finish in self._finishing}
+            return [*self._block(sorted(unfinished)), *self._tail, raw]
+        self.broken = True
+        return [error, raw]
+
+    def _block(self, indices: Iterable[int]) -> list[bytes]:
+        head = {key: value for key, value in self._head.items() if key != "usage"} or new_head(self._call)
+        return [blocked_chunk(self._call.endpoint, index, head) for index in indices]
+
+    def _unreadable(self, detail: str, raw: bytes) -> list[bytes]:
+        self._assessor.fail(GuardFailure("response_invalid", detail))
+        return self._close(guard_unavailable()) if self._assessor.enforcing else [raw]
+
+
+def _without_tokens(choice: Mapping[str, Any]) -> bool:
+    """True for the chunk that only names the role: there is nothing in it that a guard could still take back."""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict) or choice.get("logprobs") or choice.get("token_ids"):
+        return False
+    return delta.get("role") is not None and not any(value for key, value in delta.items() if key != "role")

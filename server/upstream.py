@@ -1,0 +1,137 @@
+"""The engine's HTTP side: one pooled client, and the answers that it gives.
+
+async with upstream.post(CHAT.path, body, authorization, request_id, stopwatch) as answer:
+    answer.evidence
+    async for received in answer.chunks(): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import httpx
+
+from guard.errors import ConfigError
+from guard.evidence import REQUEST_HEADER, STATUS_PATH
+from server.errors import UpstreamError
+from server.settings import UpstreamSettings
+from server.stopwatch import Stopwatch
+
+_EVIDENCE_HEADER = REQUEST_HEADER.encode()
+_STATUS_TIMEOUT_S = 5.0
+# vLLM closes idle connections after 5 s; we let go first, so that no request meets a connection that is just closing.
+_KEEP_ALIVE_S = 2.0
+
+
+class Answer:
+    """An answer of the engine whose headers have arrived."""
+
+    def __init__(self, response: httpx.Response, stopwatch: Stopwatch) -> None:
+        self._response = response
+        self._stopwatch = stopwatch
+        self.status = response.status_code
+        self.content_type = response.headers.get("content-type", "application/octet-stream")
+
+    @property
+    def evidence(self) -> bytes | None:
+        """The evidence header; None where it is absent. Several are joined, which no reader takes for valid."""
+        values = [value for name, value in self._response.headers.raw if name.lower() == _EVIDENCE_HEADER]
+        return b"\n".join(values) if values else None
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives. Raises UpstreamError where it ends before its end."""
+        chunks = self._response.aiter_raw()
+        while True:
+            try:
+                with self._stopwatch.waiting():
+                    chunk = await anext(chunks, None)
+            except httpx.HTTPError as error:
+                raise translate(error) from error
+            if chunk is None:
+                return
+            yield chunk
+
+    async def read(self) -> bytes:
+        """The whole body. Raises UpstreamError."""
+        return b"".join([chunk async for chunk in self.chunks()])
+
+
+class Upstream:
+    """vLLM's OpenAI server. Holds the connection pool; close it with `aclose`.
+
+    Raises ConfigError where the variable that should hold the key is not set.
+    """
+
+    def __init__(self, settings: UpstreamSettings, environ: Mapping[str, str]) -> None:
+        self._replaces_key = settings.api_key_env is not None
+        self._key = environ.get(settings.api_key_env or "")
+        if self._replaces_key and not self._key:
+            raise ConfigError(f"`upstream.api_key_env` names {settings.api_key_env}, which is not set")
+        self._client = httpx.AsyncClient(
+            base_url=settings.url,
+            # Proxies and certificates of the environment are for the internet; the engine is next door.
+            trust_env=False,
+            timeout=httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=128, keepalive_expiry=_KEEP_ALIVE_S),
+            headers={"user-agent": "undertow", "accept-encoding": "identity"},
+        )
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def get(self, path: str, authorization: str | None = None, timeout_s: float | None = None) -> httpx.Response:
+        """A small answer, whole. Raises UpstreamError."""
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
+        try:
+            return await self._client.get(path, headers=self._authorized(authorization), timeout=timeout)
+        except httpx.HTTPError as error:
+            raise translate(error) from error
+
+    async def status(self) -> httpx.Response:
+        """What the engine's workers guard with. Raises UpstreamError."""
+        return await self.get(STATUS_PATH, timeout_s=_STATUS_TIMEOUT_S)
+
+    @asynccontextmanager
+    async def post(
+        self, path: str, body: bytes, authorization: str | None, request_id: str, stopwatch: Stopwatch
+    ) -> AsyncIterator[Answer]:
+        """Send a request and wait for the head of its answer. Leaving the context early cancels it upstream.
+
+        Of the client's headers only its Authorization goes along. Raises UpstreamError.
+        """
+        headers = {
+            **self._authorized(authorization),
+            "content-type": "application/json",
+            "x-request-id": request_id,
+            REQUEST_HEADER: "1",
+        }
+        request = self._client.build_request(
+            "POST", path, content=body, headers=headers, extensions={"trace": stopwatch.trace}
+        )
+        try:
+            response = await self._client.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise translate(error) from error
+        try:
+            yield Answer(response, stopwatch)
+        finally:
+            await response.aclose()
+
+    def _authorized(self, authorization: str | None) -> dict[str, str]:
+        value = f"Bearer {self._key}" if self._replaces_key else authorization
+        return {"authorization": value} if value else {}
+
+
+def translate(error: httpx.HTTPError) -> UpstreamError:
+    """httpx's errors by what they mean for a request. Their text can hold a URL, never a body or a key."""
+    name = type(error).__name__
+    match error:
+        case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout():
+            return UpstreamError("connect", f"no connection to the engine ({name})")
+        case httpx.TimeoutException():
+            return UpstreamError("timeout", f"the engine was silent for too long ({name})")
+        case httpx.LocalProtocolError():
+            return UpstreamError("protocol", f"the request could not be written ({name})")
+        case _:
+            return UpstreamError("cut", f"the engine closed the connection ({name})")
