@@ -160,7 +160,10 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise UnsupportedModelError(
             f"{file}: field init_lora_weights: {str(start)[:40]!r} may change the base too: not supported yet"
         )
-    for module in config.get("modules_to_save") or ():
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise CheckpointError(f"{file}: field modules_to_save: {str(saved)[:40]!r}, expected a list of module names")
+    for module in saved:
         if _writes(str(module)) or str(module).rpartition(".")[2] in _CONTAINERS:
             raise UnsupportedModelError(
                 f"{file}: field modules_to_save: {str(module)[:80]!r} replaces residual-writing matrices: "

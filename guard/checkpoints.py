@@ -30,6 +30,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+# What can be read as float32, by the names that safetensors and torch give it.
+FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 # Large enough that hashing, not calling, is the cost; small enough that a thread's buffer stays in cache.
 CHUNK_BYTES = 1 << 20
 HASH_THREADS = 8
@@ -77,14 +80,23 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.path}: tensor {name} is missing") from None
 
+    def float_entry(self, name: str) -> TensorEntry:
+        """`entry`, of a tensor that can be read as float32. Raises CheckpointError for other dtypes."""
+        entry = self.entry(name)
+        if entry.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{entry.shard}: tensor {name} has dtype {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+            )
+        return entry
+
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor as float32, in its stored shape. Raises CheckpointError for other than float dtypes."""
-        entry = self.entry(name)
+        entry = self.float_entry(name)
         return _to_float32(entry, read_bytes(entry)).reshape(entry.shape)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start:stop` of a matrix as float32 [stop - start, columns], reading no more than those rows."""
-        entry = self.entry(name)
+        entry = self.float_entry(name)
         row_bytes = entry.nbytes // entry.shape[0]
         return _to_float32(entry, read_bytes(entry, start * row_bytes, stop * row_bytes)).reshape(
             stop - start, *entry.shape[1:]
@@ -186,14 +198,9 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
 def _to_float32(entry: TensorEntry, raw: bytearray) -> torch.Tensor:
     import torch
 
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if entry.dtype not in dtypes:
-        raise CheckpointError(
-            f"{entry.shard}: tensor {entry.name} has dtype {entry.dtype}, expected one of {', '.join(dtypes)}"
-        )
-    if not raw:
+    if not raw:  # frombuffer refuses an empty buffer
         return torch.empty(0)
-    return torch.frombuffer(raw, dtype=dtypes[entry.dtype]).float()
+    return torch.frombuffer(raw, dtype=getattr(torch, FLOAT_DTYPES[entry.dtype])).float()
 
 
 def _serialised(progress: Progress | None) -> Progress:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from guard.architectures import Model, Writer, read_model
-from guard.checkpoints import Checkpoint, StrPath
+from guard.checkpoints import FLOAT_DTYPES, Checkpoint, StrPath
 from guard.errors import CheckpointError
 from guard.svd import RoundingNoise
 
@@ -83,17 +83,18 @@ def check_site(site: Site, before: OpenedModel, after: OpenedModel) -> None:
             if expected != found:
                 raise CheckpointError(f"tensor {name}: shape {list(expected)} in base, {list(found)} in tuned")
     check_rows(site, before)
+    check_rows(site, after)
 
 
 def check_rows(site: Site, opened: OpenedModel) -> None:
-    """Raise CheckpointError unless the matrix is there and has hidden_size rows."""
-    shape, hidden = opened.weights.entry(site.weight).shape, opened.model.hidden_size
+    """Raise CheckpointError unless the matrix is there, of floats, and has hidden_size rows."""
+    shape, hidden = opened.weights.float_entry(site.weight).shape, opened.model.hidden_size
     if len(shape) != 2 or shape[0] != hidden or not shape[1]:
         raise CheckpointError(
             f"{opened.weights.path}: tensor {site.weight}: shape {list(shape)}, expected [{hidden}, inputs] "
             "as hidden_size in config.json says"
         )
-    if site.norm is not None and (norm := opened.weights.entry(site.norm).shape) != (hidden,):
+    if site.norm is not None and (norm := opened.weights.float_entry(site.norm).shape) != (hidden,):
         raise CheckpointError(f"{opened.weights.path}: tensor {site.norm}: shape {list(norm)}, expected [{hidden}]")
 
 
@@ -138,7 +139,7 @@ def written_delta(site: Site, before: OpenedModel, after: OpenedModel) -> tuple[
 
 
 def _eps(dtype: str) -> float:
-    return torch.finfo({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]).eps
+    return torch.finfo(getattr(torch, FLOAT_DTYPES[dtype])).eps
 
 
 def _check_finite(values: torch.Tensor, name: str, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Banks: planted truths, refusals, files."""
