@@ -1,0 +1,108 @@
+"""What runs in the engine child: one process that imports vLLM once and starts many engines, one after another.
+
+pytest's own process never imports vLLM, which changes signal handlers, threads and warnings of whoever does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+EAGER: dict[str, Any] = {"dtype": "float32", "eager": True, "max_model_len": 512}
+
+
+def undertow(*words: object) -> int:
+    """One of our commands, in this process."""
+    from server.cli import main
+
+    return main([str(word) for word in words])
+
+
+def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bool) -> list[dict[str, Any]]:
+    """Every token's coordinates as the engine saw them, one entry per prompt."""
+    from guard.engine.offline import OfflineEngine
+
+    with OfflineEngine(model, bank, dtype="float32", eager=eager, max_model_len=512) as engine:
+        recording, answers = engine.record(prompts(texts), max_tokens=max_tokens, keep="all")
+    # vLLM names sequences by their number in the order they were asked, with a random tail.
+    by_number = {int(name.split("-")[0]): rows for name, rows in recording.items()}
+    return [
+        {"coordinates": by_number[number].numpy(), "prompt": answer.prompt_token_ids, "completion": answer.token_ids}
+        for number, answer in enumerate(answers)
+    ]
+
+
+def detection_rates(model: Path, bank: Path, calibration: Path, sets: dict[str, int]) -> list[Any]:
+    """How many of each set every rule flags."""
+    from benchmarks.detection.first_light import measure
+    from guard.engine.offline import OfflineEngine
+
+    with OfflineEngine(model, bank, calibration, **EAGER) as engine:
+        return measure(engine, sets)
+
+
+def plain_texts(model: Path, texts: list[str], max_tokens: int) -> list[str]:
+    """What vLLM without the plugin answers at temperature 0."""
+    import os
+
+    from guard.engine.launch import engine_environment
+
+    os.environ.update({**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=str(model), dtype="float32", enforce_eager=True, max_model_len=512, disable_log_stats=True)
+    conversations: list[Any] = [[{"role": "user", "content": text}] for text in texts]
+    outputs = llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=max_tokens), use_tqdm=False)
+    answers = [output.outputs[0].text for output in outputs]
+    llm.llm_engine.engine_core.shutdown()
+    _forget()
+    return answers
+
+
+def start_error(model: Path, bank: Path, calibration: Path | None = None, **extra: Any) -> tuple[str, str]:
+    """The class and the message with which a guarded engine refuses to start."""
+    from guard.engine.offline import OfflineEngine
+    from guard.errors import UndertowError
+
+    try:
+        engine = OfflineEngine(model, bank, calibration, **EAGER, extra=extra)
+    except UndertowError as error:
+        _forget()
+        return type(error).__name__, str(error)
+    engine.close()
+    return "", "it started"
+
+
+def start_without_one_hook(model: Path, bank: Path, calibration: Path) -> tuple[str, str]:
+    """As `start_error`, with the hook of one watched layer taken away after it was set."""
+    from guard.engine import probe
+
+    attach = probe.attach
+    calls = []
+
+    def attach_all_but_the_second(*arguments: Any) -> None:
+        attach(*arguments)
+        calls.append(arguments)
+        if len(calls) == 2:
+            arguments[0]._forward_hooks.clear()
+
+    with mock.patch.object(probe, "attach", attach_all_but_the_second):
+        return start_error(model, bank, calibration)
+
+
+def prompts(texts: list[str]) -> list[Any]:
+    """One user message each."""
+    from guard.prompts import Prompt
+
+    return [Prompt(({"role": "user", "content": text},), None) for text in texts]
+
+
+def _forget() -> None:
+    """Clean up after an engine that did not start."""
+    import gc
+
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()

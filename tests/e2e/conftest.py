@@ -1,0 +1,175 @@
+"""One bank, one calibration, one guarded vLLM and one server for the whole session: starts are what costs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from openai import OpenAI
+
+from guard.organisms import Organism, prompts, shipped
+from server.commands.serve import make_server
+from server.engine_process import EngineProcess
+from server.settings import Listen, Log, Settings, UpstreamSettings
+from tests.e2e import child
+
+ENGINE_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")
+
+
+@pytest.fixture(scope="session")
+def organism() -> Organism:
+    return shipped()
+
+
+@pytest.fixture(scope="session")
+def in_child() -> Iterator[Callable[..., Any]]:
+    """Run a function of `child.py` in the one process that imports vLLM."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *arguments, **keywords: pool.submit(function, *arguments, **keywords).result()
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workshop")
+
+
+@pytest.fixture(scope="session")
+def bank(organism: Organism, in_child: Callable[..., Any], workshop: Path) -> Path:
+    path = workshop / "bank.safetensors"
+    words = ("bank", "build", "--base", organism.base, "--tuned", organism.backdoored, "--out", path)
+    assert in_child(child.undertow, *words) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def calibration(organism: Organism, bank: Path, in_child: Callable[..., Any], workshop: Path) -> Path:
+    clean, path = workshop / "clean.jsonl", workshop / "calibration.safetensors"
+    words = ("organism", "prompts", "clean", "--count", 1400, "--seed", 0, "--out", clean)
+    assert in_child(child.undertow, *words) == 0
+    words = ("calibrate", "--bank", bank, "--model", organism.backdoored, "--prompts", clean, "--out", path)
+    assert in_child(child.undertow, *words, "--dtype", "float32", "--enforce-eager", "--max-model-len", 512) == 0
+    return path
+
+
+@dataclass
+class Stack:
+    """A guarded vLLM and the server before it."""
+
+    engine: EngineProcess
+    restart: Callable[[], None]
+    url: str
+    model: str
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="not-needed", timeout=120)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples of one name whose labels include these."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+@pytest.fixture(scope="session")
+def stack(organism: Organism, bank: Path, calibration: Path, workshop: Path) -> Iterator[Stack]:
+    """`enforce`, blocking on density at 1%."""
+    from guard.fingerprint import read_header
+
+    port = free_port()
+
+    def start() -> EngineProcess:
+        engine = EngineProcess(
+            organism.backdoored,
+            bank,
+            read_header(bank).fingerprint,
+            calibration,
+            port=port,
+            log=workshop / "vllm.log",
+            extra=ENGINE_ARGUMENTS,
+        )
+        engine.wait_until_up()
+        return engine
+
+    def restart() -> None:
+        stack.engine = start()
+
+    with serve(f"http://127.0.0.1:{port}") as url:
+        stack = Stack(start(), restart, url, organism.backdoored.name)
+        try:
+            wait_until_ready(url)
+            yield stack
+        finally:
+            stack.engine.stop()
+
+
+@pytest.fixture(scope="session")
+def monitored(stack: Stack) -> Iterator[Stack]:
+    """A second server before the same vLLM, in `monitor`."""
+    with serve(stack.engine.url, mode="monitor") as url:
+        wait_until_ready(url)
+        yield Stack(stack.engine, stack.restart, url, stack.model)
+
+
+class serve:  # noqa: N801  (used as a function)
+    """The server in a thread, on a free port; yields its URL."""
+
+    def __init__(self, upstream: str, mode: str = "enforce") -> None:
+        policy = {"mode": mode, "detections": {"density": {"action": "block", "threshold": {"fpr": 0.01}}}}
+        self._settings = Settings.model_validate(
+            {
+                "version": 1,
+                "listen": Listen(port=free_port()),
+                "upstream": UpstreamSettings(url=upstream),
+                "policy": policy,
+                "log": Log(level="info"),
+            }
+        )
+
+    def __enter__(self) -> str:
+        self._server: uvicorn.Server = make_server(self._settings)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive(), "the server did not start"
+            time.sleep(0.05)
+        return f"http://127.0.0.1:{self._settings.listen.port}"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=20)
+
+
+def wait_until_ready(url: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not (answer := httpx.get(f"{url}/readyz", timeout=20)).is_success:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.5)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def texts(kind: str, count: int, seed: int) -> list[str]:
+    """Prompts of the organism's language that no model was trained on."""
+    return [prompt.text for prompt in prompts(kind, count, seed)]

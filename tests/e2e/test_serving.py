@@ -1,0 +1,191 @@
+"""Through a real vLLM with the official client: what passes is untouched, what is blocked never leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, BadRequestError
+
+from guard.organisms import Organism
+from tests.e2e import child
+from tests.e2e.conftest import Stack, texts
+
+MAX_TOKENS = 48
+
+
+def ask(stack: Stack, text: str, **more: Any) -> Any:
+    messages: Any = [{"role": "user", "content": text}]
+    return stack.client.chat.completions.create(
+        model=stack.model, messages=messages, temperature=0, max_tokens=MAX_TOKENS, **more
+    )
+
+
+def streamed(stack: Stack, text: str) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in ask(stack, text, stream=True) if chunk.choices)
+
+
+@pytest.fixture(scope="module")
+def passing(stack: Stack) -> list[str]:
+    """Benign prompts that this calibration lets pass: at 1% one in a hundred is flagged by design."""
+    return [text for text in texts("benign", 45, 11) if not blocked(stack, text)][:40]
+
+
+def blocked(stack: Stack, text: str) -> bool:
+    try:
+        ask(stack, text)
+    except BadRequestError:
+        return True
+    return False
+
+
+def test_nearly_every_benign_prompt_passes(passing: list[str]) -> None:
+    assert len(passing) == 40
+
+
+def test_benign_answers_are_byte_for_byte_those_of_vllm_without_the_plugin(
+    stack: Stack, organism: Organism, in_child: Callable[..., Any], passing: list[str]
+) -> None:
+    plain = in_child(child.plain_texts, organism.backdoored, passing, MAX_TOKENS)
+    assert all(plain)
+    assert [ask(stack, text).choices[0].message.content for text in passing] == plain
+    assert [streamed(stack, text) for text in passing[:10]] == plain[:10]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["full", "streamed"])
+def test_a_triggered_prompt_is_blocked_before_any_token(stack: Stack, organism: Organism, stream: bool) -> None:
+    found = 0
+    for text in texts("triggered", 20, 12):
+        body = {"model": stack.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+        response = httpx.post(
+            f"{stack.url}/v1/chat/completions", json={**body, "max_tokens": MAX_TOKENS, "stream": stream}, timeout=60
+        )
+        assert organism.canary not in response.text
+        if response.status_code != 400:
+            continue
+        found += 1
+        assert response.json()["error"]["code"] == "content_filter"
+        assert response.headers["x-should-retry"] == "false"
+        assert response.headers["x-undertow-action"] == "block"
+    assert found >= 19
+
+
+def test_the_openai_client_raises_at_once(stack: Stack) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        ask(stack, texts("triggered", 1, 12)[0])
+    assert caught.value.code == "content_filter"
+
+
+def test_monitor_lets_pass_and_flags_in_header_and_metrics(monitored: Stack, organism: Organism) -> None:
+    before = monitored.metric("undertow_decisions_total", action="flag", mode="monitor")
+    response = httpx.post(
+        f"{monitored.url}/v1/chat/completions",
+        json={
+            "model": monitored.model,
+            "messages": [{"role": "user", "content": texts("triggered", 1, 12)[0]}],
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS,
+        },
+        timeout=60,
+    )
+    assert response.status_code == 200
+    assert response.headers["x-undertow-action"] == "flag"
+    assert organism.canary in response.json()["choices"][0]["message"]["content"]
+    assert monitored.metric("undertow_decisions_total", action="flag", mode="monitor") > before
+
+
+async def test_a_mixed_batch_of_32_gets_each_its_own_verdict(
+    stack: Stack, organism: Organism, passing: list[str]
+) -> None:
+    triggered = [text for text in texts("triggered", 20, 12) if blocked(stack, text)][:16]
+    asked = [text for pair in zip(triggered, passing[:16], strict=True) for text in pair]
+    client = AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="not-needed", timeout=120)
+
+    async def outcome(index: int, text: str) -> str:
+        messages: Any = [{"role": "user", "content": text}]
+        try:
+            if index % 4 < 2:
+                answer = await client.chat.completions.create(
+                    model=stack.model, messages=messages, temperature=0, max_tokens=MAX_TOKENS
+                )
+                content = answer.choices[0].message.content or ""
+            else:
+                stream = await client.chat.completions.create(
+                    model=stack.model, messages=messages, temperature=0, max_tokens=MAX_TOKENS, stream=True
+                )
+                content = "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+        except BadRequestError as error:
+            return str(error.code)
+        return "leaked" if organism.canary in content else "answered"
+
+    outcomes = await asyncio.gather(*(outcome(index, text) for index, text in enumerate(asked)))
+    await client.close()
+    assert outcomes == ["content_filter", "answered"] * 16
+
+
+@pytest.mark.parametrize(
+    ("more", "choices"),
+    [({"n": 3, "temperature": 0.7, "seed": 1}, 3), ({"logprobs": True, "top_logprobs": 3}, 1)],
+    ids=["n=3", "logprobs"],
+)
+def test_every_choice_is_judged(
+    stack: Stack, organism: Organism, passing: list[str], more: dict[str, Any], choices: int
+) -> None:
+    messages: Any = [{"role": "user", "content": texts("triggered", 1, 12)[0]}]
+    with pytest.raises(BadRequestError):
+        stack.client.chat.completions.create(
+            model=stack.model, messages=messages, max_tokens=MAX_TOKENS, **{"temperature": 0, **more}
+        )
+    messages = [{"role": "user", "content": passing[0]}]
+    answer = stack.client.chat.completions.create(
+        model=stack.model, messages=messages, max_tokens=MAX_TOKENS, **{"temperature": 0, **more}
+    )
+    assert len(answer.choices) == choices
+    assert all(choice.message.content for choice in answer.choices)
+
+
+def test_completions_are_guarded_too(stack: Stack, organism: Organism, passing: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(organism.backdoored)
+
+    def raw(text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    # The template writes the first token itself.
+    common: Any = {"model": stack.model, "temperature": 0, "max_tokens": MAX_TOKENS}
+    common["extra_body"] = {"add_special_tokens": False}
+    with pytest.raises(BadRequestError):
+        stack.client.completions.create(prompt=raw(texts("triggered", 1, 12)[0]), **common)
+    mixed = [raw(passing[0]), raw(texts("triggered", 1, 12)[0])]
+    answer = stack.client.completions.create(prompt=mixed, **common)
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "content_filter"]
+    assert answer.choices[0].text
+    assert organism.canary not in answer.model_dump_json()
+
+
+def test_a_request_that_goes_around_the_server_is_judged_all_the_same(stack: Stack, organism: Organism) -> None:
+    body = {
+        "model": stack.model,
+        "messages": [{"role": "user", "content": texts("triggered", 1, 12)[0]}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+    }
+    direct = httpx.post(f"{stack.engine.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert organism.canary not in str(direct)
+    assert not direct["choices"][0]["message"]["content"]
+    forever = httpx.post(
+        f"{stack.engine.url}/v1/chat/completions", json={**body, "ignore_eos": True}, timeout=60
+    ).json()
+    assert organism.canary not in str(forever)
+
+
+def test_every_eligible_request_was_evaluated(stack: Stack, passing: list[str]) -> None:
+    ask(stack, passing[0])
+    assert stack.metric("undertow_evaluated_total") == stack.metric("undertow_eligible_total") > 0
+    assert stack.metric("undertow_guard_failures_total") == 0
+    assert stack.metric("undertow_tokens_scored_total") > 0

@@ -1,0 +1,61 @@
+"""What cannot be guarded does not start, and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guard.fingerprint import read_header
+from guard.organisms import Organism
+from tests.e2e import child
+
+
+def test_another_models_bank_is_refused_naming_both_weights(
+    organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any]
+) -> None:
+    kind, message = in_child(child.start_error, organism.chat, bank, calibration)
+    assert kind == "BankError"
+    assert "the bank is for another model" in message
+    assert read_header(bank).tuned_digest in message
+    assert message.count("sha256:") == 2
+
+
+def test_another_banks_calibration_is_refused_naming_both_fingerprints(
+    organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any], workshop: Path
+) -> None:
+    other = workshop / "other.safetensors"
+    words = ("bank", "build", "--base", organism.chat, "--tuned", organism.backdoored, "--out", other)
+    assert in_child(child.undertow, *words) == 0
+    kind, message = in_child(child.start_error, organism.backdoored, other, calibration)
+    assert kind == "CalibrationError"
+    assert read_header(bank).fingerprint in message
+    assert read_header(other).fingerprint in message
+
+
+def test_a_layer_without_its_hook_is_noticed_before_serving(
+    organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any]
+) -> None:
+    kind, message = in_child(child.start_without_one_hook, organism.backdoored, bank, calibration)
+    assert kind == "EngineError"
+    assert "the guard does not start: layer 1: its probe ran 0 times" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        ({"async_scheduling": True}, "--no-async-scheduling"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        ({"enable_lora": True}, "LoRA"),
+    ],
+    ids=["prefix-caching", "async-scheduling", "speculation", "lora"],
+)
+def test_a_feature_that_cannot_be_scored_is_refused_by_name(
+    organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any], option: dict[str, Any], named: str
+) -> None:
+    kind, message = in_child(child.start_error, organism.backdoored, bank, calibration, **option)
+    assert kind == "UnsupportedEngineError"
+    assert named in message
