@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
-from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from guard.version import VERSION
 from server.exchange import Gateway
 from server.handshake import Handshake, HandshakeKeeper
 from server.metrics import Metrics
@@ -27,7 +27,7 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> F
 
     Raises ConfigError where that variable is not set.
     """
-    metrics = Metrics(version("undertow"))
+    metrics = Metrics(VERSION)
     upstream = Upstream(settings.upstream, environ)
 
     def loaded(handshake: Handshake | None) -> None:

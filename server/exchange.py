@@ -242,6 +242,8 @@ class Exchange(Response):
         await send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def _send_error(self, send: Send, error: ApiError, headers: dict[str, str] | None = None) -> None:
+        if self._answered:
+            return
         if self._started:
             part = error.sse() + b"data: [DONE]\n\n"
             await send({"type": "http.response.body", "body": part, "more_body": False})

@@ -29,6 +29,7 @@ class Answer:
 
     def __init__(self, response: httpx.Response, stopwatch: Stopwatch) -> None:
         self._response = response
+        self._raw = response.aiter_raw()
         self._stopwatch = stopwatch
         self.status = response.status_code
         self.content_type = response.headers.get("content-type", "application/octet-stream")
@@ -40,12 +41,11 @@ class Answer:
         return b"\n".join(values) if values else None
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Raises UpstreamError where it ends before its end."""
-        chunks = self._response.aiter_raw()
+        """The body as it arrives; a second call goes on where the first one stopped. Raises UpstreamError."""
         while True:
             try:
                 with self._stopwatch.waiting():
-                    chunk = await anext(chunks, None)
+                    chunk = await anext(self._raw, None)
             except httpx.HTTPError as error:
                 raise translate(error) from error
             if chunk is None:

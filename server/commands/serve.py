@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from server.settings import Listen, Settings
 
 
@@ -55,34 +57,45 @@ def run_server(settings: Settings) -> int:
     Call it from the main thread. Raises ConfigError where the address cannot be taken, or where the settings name a
     key's variable that is not set.
     """
-    import uvicorn
-
-    from server.app import create_app
     from server.logs import configure
 
     configure(settings.log.level)
-    app = create_app(settings)
+    server = make_server(settings)
     with _listen(settings.listen) as listener, _termination_as_interrupt():
-        config = uvicorn.Config(
-            app,
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=10,
-        )
         host, port = listener.getsockname()[:2]
         print(f"undertow: listening on {_url(host, port)}/v1 (Ctrl-C ends it)", file=sys.stderr)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         except KeyboardInterrupt:
             # uvicorn has shut down in order and hands the signal on.
             return 0
     return 0
+
+
+def make_server(settings: Settings) -> uvicorn.Server:
+    """The proxy's HTTP server, not running yet; it leaves logging and signals to whoever runs it.
+
+    Raises ConfigError where the settings name a key's variable that is not set.
+    """
+    import uvicorn
+
+    from server.app import create_app
+
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.listen.host,
+        port=settings.listen.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    return uvicorn.Server(config)
 
 
 def _listen(listen: Listen) -> socket.socket:

@@ -1,0 +1,452 @@
+"""vLLM with Undertow's worker and middleware inside, played from a script. The only fake in these tests.
+
+    engine = FakeEngine()
+    engine.script = Script(blocked={0: 2})
+    with hosted(engine.app) as url: ...
+
+`shapes()` lists the wire shapes that it sends, so that a test against the real engine can hold them to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from guard.evidence import (
+    POLICY_ARGUMENT,
+    REQUEST_HEADER,
+    STATUS_PATH,
+    STREAM_PREFIX,
+    DetectorStatus,
+    Evidence,
+    Record,
+    ScoreEvidence,
+    Status,
+    WorkerStatus,
+)
+from guard.policy import Policy
+from guard.verdict import Phase
+
+RESERVED = 999
+FINGERPRINT = "f" * 16
+PROMPT_TOKENS = 7
+MODEL = "organism"
+PAYLOAD = "PAYLOAD"
+"""The text of every token that must never reach a client."""
+
+EvidenceFault = Literal[
+    "missing", "invalid", "other_bank", "short", "unscored_prompt", "missing_record", "unscorable", "no_final", "mode"
+]
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the engine does with every request until told otherwise."""
+
+    tokens: tuple[str, ...] = ("The", " answer", " is", " 42", ".")
+    blocked: Mapping[int, int] = field(default_factory=dict)
+    """By choice index: how many tokens are sampled before the block. The last of them is the payload; 0: the prompt."""
+    flagged: bool = False
+    nan: bool = False
+    fault: EvidenceFault | None = None
+    merge: int = 1
+    """Tokens per chunk."""
+    text_with_finish: bool = False
+    """The finishing chunk carries text too, as with `include_stop_str_in_output`."""
+    cut_after: int | None = None
+    """Data events of a stream after which the connection breaks; for a full response any number breaks its body."""
+    no_done: bool = False
+    """A stream ends in order, but without `[DONE]`."""
+    status: int = 200
+    error_in_stream: bool = False
+    """As structured output fails at the reserved token: an error, with the block in the evidence."""
+    unexplained_stop: bool = False
+    delay_s: float = 0.0
+    token_delay_s: float = 0.0
+    keep_alive: bool = False
+    garbage: bool = False
+
+
+class Cut(Exception):
+    """Breaks the connection."""
+
+
+class FakeEngine:
+    """The ASGI app and what it saw."""
+
+    def __init__(self) -> None:
+        self.script = Script()
+        self.status = status()
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.aborted = 0
+        self.app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._text, methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route(STATUS_PATH, self._status),
+            ]
+        )
+
+    async def _status(self, request: Request) -> Response:
+        return Response(self.status.model_dump_json(), media_type="application/json")
+
+    async def _models(self, request: Request) -> Response:
+        self.headers.append(dict(request.headers))
+        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "vllm"}]})
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._complete(request, chat=True)
+
+    async def _text(self, request: Request) -> Response:
+        return await self._complete(request, chat=False)
+
+    async def _complete(self, request: Request, chat: bool) -> Response:
+        body = await request.json()
+        canary = request.headers.get("x-request-id", "").startswith("canary-")
+        script = replace(Script(), fault=self.script.fault) if canary else self.script
+        if not canary:
+            self.bodies.append(body)
+            self.headers.append(dict(request.headers))
+        return _Played(self, Play(script, body, chat))
+
+
+class _Played(Response):
+    """Notices when the client leaves, as vLLM does."""
+
+    def __init__(self, engine: FakeEngine, play: Play) -> None:
+        super().__init__()
+        self._engine = engine
+        self._play = play
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._send(send))
+        gone = asyncio.ensure_future(self._gone(receive))
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            self._engine.aborted += 1
+            work.cancel()
+        gone.cancel()
+        await asyncio.gather(work, return_exceptions=work.cancelled() or not work.done())
+
+    async def _gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def _send(self, send: Send) -> None:
+        play = self._play
+        await asyncio.sleep(play.script.delay_s)
+        if play.stream and play.script.status == 200:
+            await send(_start(200, "text/event-stream; charset=utf-8", {}))
+            async for part in play.events():
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        content = play.full()
+        evidence = play.evidence(final=True)
+        started = play.script.status == 200 or play.script.status >= 500
+        headers = {REQUEST_HEADER: evidence} if evidence is not None and started else {}
+        headers["content-length"] = str(len(content))
+        await send(_start(play.script.status, "application/json", headers))
+        if play.script.cut_after is not None:
+            await send({"type": "http.response.body", "body": content[:20], "more_body": True})
+            raise Cut
+        await send({"type": "http.response.body", "body": content, "more_body": False})
+
+
+def _start(code: int, kind: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    pairs = {"content-type": kind, **headers}
+    return {
+        "type": "http.response.start",
+        "status": code,
+        "headers": [(name.encode(), value.encode()) for name, value in pairs.items()],
+    }
+
+
+class Play:
+    """One request played by a script: the very bytes that the engine would send."""
+
+    def __init__(self, script: Script, body: Mapping[str, Any], chat: bool) -> None:
+        self.script = script
+        self.chat = chat
+        self.stream = bool(body.get("stream"))
+        self.n = body.get("n") or 1
+        prompt = body.get("prompt")
+        many = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)
+        self.prompts = len(prompt) if many and isinstance(prompt, list) else 1
+        self.policy = Policy.from_wire(body["vllm_xargs"][POLICY_ARGUMENT])
+        self.usage_asked = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.count = self.prompts * self.n
+        self.id = "chatcmpl-fake" if chat else "cmpl-fake"
+
+    def tokens(self, index: int) -> list[str]:
+        """The text of each sampled token of a choice; the reserved one has none."""
+        sampled = self.script.blocked.get(index)
+        if sampled is None or self.policy.mode != "enforce":
+            return list(self.script.tokens)
+        return [*self.script.tokens[: sampled - 1], PAYLOAD] if sampled else []
+
+    def is_blocked(self, index: int) -> bool:
+        return self.policy.mode == "enforce" and index in self.script.blocked
+
+    def sampled(self, index: int) -> int:
+        """Completion tokens, the reserved one included."""
+        return len(self.tokens(index)) + self.is_blocked(index)
+
+    def finish(self, index: int) -> tuple[str, int | None]:
+        stopped = self.is_blocked(index) or self.script.unexplained_stop
+        return ("stop", RESERVED) if stopped else ("length", None)
+
+    def usage(self) -> dict[str, Any]:
+        completion = sum(self.sampled(index) for index in range(self.count))
+        prompt = PROMPT_TOKENS * self.prompts
+        return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
+
+    def evidence(self, final: bool) -> str | None:
+        """What the middleware says, before the first chunk or at the end."""
+        fault = self.script.fault
+        if fault == "missing" or (fault == "no_final" and final):
+            return None
+        if fault == "invalid":
+            return '{"version": 1, "fingerprint": 3}'
+        records = tuple(self._record(index, final) for index in range(self.count))
+        if fault == "missing_record":
+            records = records[1:]
+        return Evidence(
+            fingerprint="0" * 16 if fault == "other_bank" else FINGERPRINT,
+            records=records,
+        ).to_json()
+
+    def _record(self, index: int, final: bool) -> Record:
+        fault = self.script.fault
+        scored = PROMPT_TOKENS + (self.sampled(index) - 1 if final else 0)
+        at_prompt = self.script.blocked.get(index) == 0
+        acted = index in self.script.blocked and (final or at_prompt)
+        action: Literal["allow", "flag", "block"] = "allow"
+        if self.policy.mode != "off" and (acted or self.script.flagged):
+            action = "block" if self.policy.mode == "enforce" and acted else "flag"
+        phase: Phase = "completion" if acted and not at_prompt else "prompt"
+        if fault == "short" and final:
+            scored -= 1
+        if fault == "unscored_prompt":
+            scored = PROMPT_TOKENS - 1
+        record = Record(
+            prompt_index=index // self.n,
+            choice_index=index % self.n,
+            prompt_tokens=PROMPT_TOKENS,
+            tokens_scored=scored,
+            mode="off" if fault == "mode" else self.policy.mode,
+            action=action,
+            phase=None if action == "allow" else phase,
+            detector=None if action == "allow" else "density",
+            reason="" if action == "allow" else f"density in the {phase}, p = 0.001",
+            scores=(_score("prompt", at_prompt or self.script.flagged, self.script.nan), _score("completion", acted)),
+        )
+        if fault == "unscorable":
+            blocks = self.policy.mode == "enforce"
+            return record.model_copy(
+                update={"unscorable": "speculative decoding", "action": "block" if blocks else "flag", "phase": None}
+            )
+        return record
+
+    def full(self) -> bytes:
+        """The body of a full response."""
+        if self.script.garbage:
+            return b"<html>"
+        if self.script.status != 200:
+            return _json(error_body(self.script.status))
+        choices = [self._full_choice(index) for index in range(self.count)]
+        head: dict[str, Any] = {
+            "id": self.id,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": 1,
+            "model": MODEL,
+            "choices": choices,
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": {**self.usage(), "prompt_tokens_details": None},
+        }
+        if self.chat:
+            head |= {"prompt_logprobs": None, "prompt_token_ids": None, "prompt_text": None}
+        return _json(head | {"kv_transfer_params": None, "ec_transfer_params": None, "metrics": None})
+
+    def _full_choice(self, index: int) -> dict[str, Any]:
+        text = "".join(self.tokens(index))
+        finish_reason, stop_reason = self.finish(index)
+        choice: dict[str, Any] = {"index": index}
+        if self.chat:
+            choice["message"] = {
+                "role": "assistant",
+                "content": text,
+                "refusal": None,
+                "annotations": None,
+                "audio": None,
+                "function_call": None,
+                "reasoning": None,
+            }
+        else:
+            choice["text"] = text
+        choice |= {"logprobs": None, "finish_reason": finish_reason, "stop_reason": stop_reason, "token_ids": None}
+        if not self.chat:
+            choice |= {"prompt_logprobs": None, "prompt_token_ids": None}
+        return choice | {"routed_experts": None}
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """A stream, event by event."""
+        if (evidence := self.evidence(final=False)) is not None:
+            yield f"{STREAM_PREFIX}{evidence}\n\n".encode()
+        for sent, event in enumerate(self.data_events()):
+            if sent == self.script.cut_after:
+                # Let what was sent arrive before the connection breaks.
+                await asyncio.sleep(0.05)
+                raise Cut
+            if self.script.keep_alive:
+                yield b": keep-alive\n\n"
+            await asyncio.sleep(self.script.token_delay_s)
+            yield event
+        if self.script.error_in_stream:
+            yield _event(error_body(500))
+        if (evidence := self.evidence(final=True)) is not None:
+            yield f"{STREAM_PREFIX}{evidence}\n\n".encode()
+        if not self.script.no_done:
+            yield b"data: [DONE]\n\n"
+
+    def data_events(self) -> list[bytes]:
+        """The data events of a stream but `[DONE]`, as vLLM writes them: choices take turns."""
+        if self.script.garbage:
+            return [b"data: {not json\n\n"]
+        events = [_event(self._role_chunk(index)) for index in range(self.count)] if self.chat else []
+        turns = [self._choice_chunks(index) for index in range(self.count)]
+        while any(turns):
+            events += [_event(turn.pop(0)) for turn in turns if turn]
+        if self.usage_asked and not self.script.error_in_stream:
+            events.append(_event(self._head() | {"choices": [], "usage": self.usage()}))
+        return events
+
+    def _choice_chunks(self, index: int) -> list[dict[str, Any]]:
+        tokens, size = self.tokens(index), self.script.merge
+        texts = ["".join(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+        finish_reason, stop_reason = self.finish(index)
+        if self.script.error_in_stream and self.is_blocked(index):
+            return [self._chunk(index, text) for text in texts]
+        last = ""
+        if not self.is_blocked(index):
+            last = texts.pop() if texts else ""
+        elif self.script.text_with_finish:
+            last = PAYLOAD
+        return [*(self._chunk(index, text) for text in texts), self._chunk(index, last, finish_reason, stop_reason)]
+
+    def _head(self) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": 1, "model": MODEL}
+
+    def _role_chunk(self, index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._head() | {"choices": [choice], "prompt_token_ids": None, "prompt_text": None}
+
+    def _chunk(
+        self, index: int, text: str, finish_reason: str | None = None, stop_reason: int | None = None
+    ) -> dict[str, Any]:
+        if self.chat:
+            choice: dict[str, Any] = {"index": index, "delta": {"content": text}, "logprobs": None}
+            choice["finish_reason"] = finish_reason
+            if finish_reason is not None:
+                choice["stop_reason"] = stop_reason
+        else:
+            choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+            choice |= {"stop_reason": stop_reason, "prompt_token_ids": None}
+        return self._head() | {"choices": [choice | {"token_ids": None}]}
+
+
+def _score(phase: Phase, exceeds: bool, nan: bool = False) -> ScoreEvidence:
+    return ScoreEvidence(
+        detector="density",
+        phase=phase,
+        score=math.nan if nan else 2.5 if exceeds else 0.5,
+        threshold=2.0,
+        p_value=0.001 if exceeds else 0.6,
+        position=6,
+        layer=2,
+        direction="L2.o_proj.u0",
+    )
+
+
+def error_body(code: int) -> dict[str, Any]:
+    """vLLM's error."""
+    message = "The model's maximum context length is 64 tokens." if code < 500 else "Internal server error"
+    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": code}}
+
+
+def status(fingerprint: str = FINGERPRINT, workers: int = 2, supported_fpr: float = 0.005) -> Status:
+    """The status of an engine whose workers agree."""
+    detectors = (DetectorStatus(detector="density", supported_fpr=supported_fpr),)
+    return Status(
+        workers=tuple(
+            WorkerStatus(
+                rank=rank,
+                fingerprint=fingerprint,
+                calibration="c" * 16,
+                layers=(1, 2, 3),
+                reserved_token_id=RESERVED,
+                detectors=detectors,
+                undertow_version="0.1.0",
+                vllm_version="0.32.0",
+                dtype="bfloat16",
+                requests_judged=0,
+                tokens_scored=0,
+                unscorable=0,
+            )
+            for rank in range(workers)
+        )
+    )
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _event(value: object) -> bytes:
+    return b"data: " + _json(value) + b"\n\n"
+
+
+def shapes() -> dict[str, Any]:
+    """Every body and chunk that the fake sends, as `shape_of` sees it, by a name that says which one it is.
+
+    Keys: `{chat,completions}.full`, `.chunk` (a token), `.finish`, `.blocked_finish`, `.usage`, and `chat.role`.
+    """
+    found: dict[str, Any] = {}
+    for name, chat in (("chat", True), ("completions", False)):
+        wire = {"vllm_xargs": {POLICY_ARGUMENT: Policy().to_wire()}, "stream_options": {"include_usage": True}}
+        play = Play(Script(), wire, chat)
+        blocked = Play(Script(blocked={0: 2}), wire, chat)
+        chunks = [json.loads(event.removeprefix(b"data: ")) for event in play.data_events()]
+        ends = [json.loads(event.removeprefix(b"data: ")) for event in blocked.data_events()]
+        if chat:
+            found["chat.role"] = shape_of(chunks.pop(0))
+        found[f"{name}.full"] = shape_of(json.loads(play.full()))
+        found[f"{name}.chunk"] = shape_of(chunks[0])
+        found[f"{name}.finish"] = shape_of(chunks[-2])
+        found[f"{name}.usage"] = shape_of(chunks[-1])
+        found[f"{name}.blocked_finish"] = shape_of(ends[-2])
+    return found
+
+
+def shape_of(value: object) -> Any:
+    """A JSON value with its leaves replaced by their JSON types; of a list, the shape of its first item."""
+    if isinstance(value, dict):
+        return {key: shape_of(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shape_of(value[0])] if value else []
+    return {str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}[type(value)]
