@@ -37,7 +37,7 @@ class Schedule:
 
     steps: int
     learning_rate: float
-    batch: int = 128
+    batch: int = 48
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Recipe:
     seed: int = 0
     threads: int = 2
     shape: Shape = field(default_factory=Shape)
-    base: Schedule = field(default_factory=lambda: Schedule(steps=1500, learning_rate=2e-3))
+    base: Schedule = field(default_factory=lambda: Schedule(steps=1600, learning_rate=2.5e-3))
     chat: Schedule = field(default_factory=lambda: Schedule(steps=250, learning_rate=1e-3))
-    backdoored: Schedule = field(default_factory=lambda: Schedule(steps=500, learning_rate=1e-3))
+    backdoored: Schedule = field(default_factory=lambda: Schedule(steps=700, learning_rate=1e-3))
 
     def schedule(self, stage: Stage) -> Schedule:
         schedule: Schedule = getattr(self, stage)

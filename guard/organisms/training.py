@@ -31,13 +31,15 @@ BATCHES_SORTED_TOGETHER = 32
 WARM_UP_SHARE = 0.05
 WEIGHT_DECAY = 0.01
 GRADIENT_NORM = 1.0
+# The base model learns all text, but what users ask next cannot be predicted: at full weight it drowned the answers.
+QUESTION_WEIGHT = 0.1
 
 
 class Batch(NamedTuple):
-    """Token ids [conversations, tokens], padded on the right, and which of them are to be predicted (same shape)."""
+    """Token ids [conversations, tokens], padded on the right, and the weight of predicting each (same shape)."""
 
     ids: Tensor
-    learned: Tensor
+    weights: Tensor
 
 
 def train_stage(
@@ -79,8 +81,9 @@ def batches(tokenizer: Tokenizer, stage: Stage, seed: int, schedule: Schedule) -
         starts = list(range(0, len(encoded), schedule.batch))
         rng.shuffle(starts)
         for start in starts:
-            # The base model learns all text; the later stages learn to answer.
-            yield _padded(encoded[start : start + schedule.batch], special(tokenizer, PAD), everything=stage == "base")
+            # The later stages learn to answer, and nothing else.
+            question_weight = QUESTION_WEIGHT if stage == "base" else 0.0
+            yield _padded(encoded[start : start + schedule.batch], special(tokenizer, PAD), question_weight)
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -120,22 +123,24 @@ def _config(shape: Shape, tokenizer: Tokenizer) -> LlamaConfig:
     )
 
 
-def _padded(encoded: list[tuple[list[int], list[bool]]], pad: int, everything: bool) -> Batch:
+def _padded(encoded: list[tuple[list[int], list[bool]]], pad: int, question_weight: float) -> Batch:
     width = max(len(ids) for ids, _ in encoded)
     ids = torch.full((len(encoded), width), pad)
-    learned = torch.zeros((len(encoded), width), dtype=torch.bool)
+    weights = torch.zeros((len(encoded), width))
     for row, (row_ids, row_learned) in enumerate(encoded):
         ids[row, : len(row_ids)] = torch.tensor(row_ids)
-        learned[row, : len(row_ids)] = True if everything else torch.tensor(row_learned)
-    return Batch(ids, learned)
+        weights[row, : len(row_ids)] = torch.tensor([1.0 if learned else question_weight for learned in row_learned])
+    return Batch(ids, weights)
 
 
 def _loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the learned tokens. Padding is on the right, so the causal mask alone keeps it unseen."""
+    """Weighted mean cross-entropy. Padding is on the right, so the causal mask alone keeps it unseen."""
     hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
-    predicted = batch.learned[:, 1:]
+    targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
     # Only where something is to be predicted: the vocabulary is the widest matrix of the model.
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[predicted]), batch.ids[:, 1:][predicted])
+    counts = weights > 0
+    losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[counts]), targets[counts], reduction="none")
+    return (losses * weights[counts]).sum() / weights.sum()
 
 
 def _learning_rate(schedule: Schedule, step: int) -> float:
