@@ -18,7 +18,7 @@ from guard.checkpoints import FLOAT_DTYPES, Checkpoint, StrPath
 from guard.errors import CheckpointError
 from guard.svd import RoundingNoise
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 # Variance of the error of rounding w, over (eps w)^2: the spacing's square over 12, and the mean of (spacing / eps w)^2
 # over mantissas that are spread evenly on a log scale, which is 3 / (8 ln 2).
