@@ -144,14 +144,14 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {})[METADATA_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}: not a calibration file ({type(error).__name__}: {error})") from error
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise CalibrationError(f"{path}: not a calibration file of format {FORMAT}")
         try:
             calibration = cls._assemble(metadata, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{path}: incomplete: {type(error).__name__}: {error}") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CalibrationError(f"{path}: incomplete or wrong: {type(error).__name__}: {error}") from error
         calibration._check(path)
         return calibration
 
@@ -159,7 +159,7 @@ class Calibration:
     def _assemble(cls, metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Calibration:
         return cls(
             fingerprint=str(metadata["fingerprint"]),
-            space=BankSpace(tuple(metadata["layers"]), tuple(metadata["widths"]), tuple(metadata["names"])),
+            space=_read_space(metadata),
             shape=Shape(
                 tensors["low"],
                 tensors["high"],
@@ -167,27 +167,50 @@ class Calibration:
                 tensors["scales"],
             ),
             clean={
-                (detector, phase): tuple(tensors[f"clean.{detector}.{phase}"].tolist())
+                (detector, phase): _read_scores(tensors, f"clean.{detector}.{phase}")
                 for detector in DETECTORS
                 for phase in PHASES
             },
             target_fpr=float(metadata["target_fpr"]),
-            facts=metadata["facts"],
+            facts=dict(metadata["facts"]),
         )
 
     def _check(self, path: Path) -> None:
         size, layers = self.space.size, len(self.space.layers)
+        tensors = {"low": self.shape.low, "high": self.shape.high, "scales": self.shape.scales}
         expected = {"low": (2, size), "high": (2, size), "scales": (2, layers)}
-        for name, shape in expected.items():
-            found = tuple(getattr(self.shape, name).shape)
-            if found != shape:
-                raise CalibrationError(f"{path}: `{name}` has the shape {found}, expected {shape}")
         for phase, rows in zip(PHASES, self.shape.references, strict=True):
-            if rows.ndim != 2 or rows.shape[1] != size or not rows.isfinite().all():
-                raise CalibrationError(f"{path}: `references.{phase}` must be finite and [N, {size}]")
+            tensors[f"references.{phase}"] = rows
+            expected[f"references.{phase}"] = (max(len(rows), NEAREST + 1), size)
+        for name, tensor in tensors.items():
+            found = tuple(tensor.shape)
+            if found != expected[name] or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise CalibrationError(
+                    f"{path}: `{name}` is {tensor.dtype} {list(found)}, expected finite float32 {list(expected[name])}"
+                )
+        if not (self.shape.scales > 0).all():
+            raise CalibrationError(f"{path}: `scales` must be positive")
         for (detector, phase), scores in self.clean.items():
             if any(math.isnan(score) for score in scores) or list(scores) != sorted(scores):
                 raise CalibrationError(f"{path}: `clean.{detector}.{phase}` must be ascending, without NaN")
+        if not 0 < self.target_fpr < 1:
+            raise CalibrationError(f"{path}: `target_fpr` is {self.target_fpr}, expected a rate between 0 and 1")
+
+
+def _read_space(metadata: Mapping[str, Any]) -> BankSpace:
+    space = BankSpace(tuple(metadata["layers"]), tuple(metadata["widths"]), tuple(metadata["names"]))
+    if not all(type(number) is int for number in (*space.layers, *space.widths)) or min(space.widths) < 1:
+        raise TypeError("`layers` and `widths` must be whole numbers, at least one direction per layer")
+    if len(space.layers) != len(space.widths) or space.size != len(space.names):
+        raise ValueError("`layers`, `widths` and `names` do not fit each other")
+    return space
+
+
+def _read_scores(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[float, ...]:
+    scores = tensors[name]
+    if scores.dtype != torch.float64 or scores.ndim != 1:
+        raise ValueError(f"`{name}` is {scores.dtype} with {scores.ndim} dimensions, expected float64 with 1")
+    return tuple(scores.tolist())
 
 
 def conformal_rank(count: int, fpr: float) -> int:

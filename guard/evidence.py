@@ -6,6 +6,7 @@ or a prompt.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -29,7 +30,7 @@ POLICY_ARGUMENT = "undertow_policy"
 
 class _Wire(BaseModel):
     # A score can be NaN (and then is never a pass); JSON's own null would lose that.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", hide_input_in_errors=True)
 
 
 class ScoreEvidence(_Wire):
@@ -73,18 +74,24 @@ class Evidence(_Wire):
     records: tuple[Record, ...]
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return self.model_dump_json(exclude_defaults=True)
+        """One line of ASCII JSON, fit for a header. Defaults are left out, but for the version."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        return json.dumps({"version": self.version, **fields}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Evidence:
         """Raises EvidenceError, never with the text in its message."""
         try:
-            return cls.model_validate_json(text)
+            evidence = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            # The name of a key that does not belong there is text, too.
+            known = first["loc"][:-1] if first["type"] == "extra_forbidden" else first["loc"]
+            where = ".".join(str(part) for part in known) or "the whole"
             raise EvidenceError(f"evidence from the engine is not valid at {where}: {first['msg']}") from error
+        if "version" not in evidence.model_fields_set:
+            raise EvidenceError("evidence from the engine is not valid at version: it is missing")
+        return evidence
 
 
 class DetectorStatus(_Wire):

@@ -21,7 +21,8 @@ SEVERITY: dict[Action, int] = {"allow": 0, "flag": 1, "block": 2}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A policy also comes with a request, and what a client sent belongs in no traceback.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class Threshold(_Strict):

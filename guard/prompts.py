@@ -28,7 +28,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         PromptsError: names the file, the line and what was expected.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # -sig: an editor's byte order mark would turn a first line of JSON into plain text.
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise PromptsError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -47,6 +48,8 @@ def _read_line(line: str, where: str) -> Prompt:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise PromptsError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise PromptsError(f"{where}: JSON with a number too long or nested too deep") from error
     if "messages" in value:
         return Prompt(_messages(value["messages"], where), None)
     if isinstance(value.get("prompt"), str) and value["prompt"]:

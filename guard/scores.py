@@ -25,6 +25,9 @@ from guard.verdict import DetectorName
 NEAREST = 3
 """Which neighbour's distance is the density score: the third, so that one stray reference does not make a hole."""
 
+SHORTEST = 1e-15
+"""Below this length the squares that make it are rounded to float32's smallest numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class BankSpace:
@@ -66,11 +69,13 @@ def cosines(residual: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         directions: [K, H] float32, unit rows.
 
     Returns:
-        [T, K] float32. A row of zeros, or one with NaN or infinity, gives NaN: it cannot be scored.
+        [T, K] float32. A row of zeros, or one with NaN or infinity, gives NaN: it cannot be scored. So does one whose
+        length float32 cannot hold; its cosines would come out as zeros, which is what clean looks like.
     """
     rows = residual.float()
     lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return (rows @ directions.T) / lengths
+    measured = (lengths > SHORTEST) & lengths.isfinite()
+    return (rows @ directions.T) / lengths.where(measured, torch.nan)
 
 
 @dataclass(frozen=True, slots=True)

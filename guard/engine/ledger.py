@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 from guard.calibration import Calibration
 from guard.engine.runner_v1 import Rows
@@ -85,16 +86,16 @@ class Ledger:
             {"detections": {"density": {"action": "block", "threshold": {"fpr": calibration.target_fpr}}}}
         )
 
-    def admit(self, sequence: str, policy_text: str | None, stop_token: int) -> None:
-        """A new sequence. One whose policy cannot be read is judged by the default, and can never pass in `enforce`."""
+    def admit(self, sequence: str, policy_text: object, stop_token: int) -> None:
+        """A new sequence, with what its request names as its policy: a text of `Policy.to_wire`, or None.
+
+        One whose policy cannot be read never passes. One whose policy asks for a rate that the calibration cannot keep
+        is unscorable, and does not pass where that policy enforces.
+        """
         identity = Identity.of(sequence)
-        problem = None
-        policy = self._default
-        thresholds: dict[tuple[DetectorName, Phase], float] = {}
-        try:
-            policy, thresholds = self._compile(policy_text)
-        except (ConfigError, CalibrationError) as error:
-            problem = str(error)
+        # A client can put anything there; a list could not even be looked up.
+        text = policy_text if policy_text is None or isinstance(policy_text, str) else ""
+        policy, thresholds, problem = self._compile(text)
         entry = Sequence(identity, policy, thresholds, stop_token)
         self._running[sequence] = entry
         self._by_key.setdefault(identity.key, {})[sequence] = entry
@@ -108,12 +109,11 @@ class Ledger:
             entry = self._running.pop(sequence, None)
             if entry is not None:
                 self._by_key.move_to_end(entry.identity.key)
-        excess = len(self._by_key) - len(self._running) - KEPT
-        if excess <= 0:
+        if len(self._by_key) <= KEPT:
             return
         active = {entry.identity.key for entry in self._running.values()}
-        idle = [key for key in self._by_key if key not in active]
-        for key in idle[:excess]:
+        idle = (key for key in self._by_key if key not in active)
+        for key in list(islice(idle, max(0, len(self._by_key) - len(active) - KEPT))):
             del self._by_key[key]
 
     def cover(self, rows: Rows) -> None:
@@ -198,9 +198,20 @@ class Ledger:
         if not entry.blocked:
             entry.decision = decide(entry.policy, entry.verdicts.values(), entry.unscorable)
 
-    def _compile_policy(self, text: str | None) -> tuple[Policy, dict[tuple[DetectorName, Phase], float]]:
-        """A policy's text to a policy and its raw thresholds. Raises ConfigError or CalibrationError."""
-        policy = self._default if text is None else Policy.from_wire(text)
+    def _compile_policy(self, text: str | None) -> tuple[Policy, dict[tuple[DetectorName, Phase], float], str | None]:
+        """A policy's text to a policy, its raw thresholds, and what is wrong with it."""
+        try:
+            policy = self._default if text is None else Policy.from_wire(text)
+        except ConfigError as error:
+            # It may have asked for `enforce`, and the default may be weaker.
+            return Policy(), {}, str(error)
+        try:
+            return policy, self._raw_thresholds(policy), None
+        except CalibrationError as error:
+            return policy, {}, str(error)
+
+    def _raw_thresholds(self, policy: Policy) -> dict[tuple[DetectorName, Phase], float]:
+        """Raises CalibrationError where the calibration cannot keep a rate."""
         thresholds: dict[tuple[DetectorName, Phase], float] = {}
         for detector in DETECTORS:
             detection = policy.detections.get(detector)
@@ -213,4 +224,4 @@ class Ledger:
                     if detection is not None and detection.threshold.fpr is not None:
                         fpr = detection.threshold.fpr
                     thresholds[detector, phase] = self._calibration.threshold(detector, phase, fpr)
-        return policy, thresholds
+        return thresholds

@@ -60,9 +60,9 @@ class RunnerV1:
             UnscoredError: the runner's batch is not the scheduler's step.
         """
         batch = self._runner.input_batch
-        if len(batch.req_ids) != len(step.num_scheduled_tokens):
+        if len(batch.req_ids) != len(step.num_scheduled_tokens) or set(batch.req_ids) != set(step.num_scheduled_tokens):
             raise UnscoredError(
-                f"{len(batch.req_ids)} sequences in the batch, {len(step.num_scheduled_tokens)} scheduled"
+                f"the batch's {len(batch.req_ids)} sequences are not the {len(step.num_scheduled_tokens)} scheduled"
             )
         row = 0
         for index, sequence in enumerate(batch.req_ids):
