@@ -36,7 +36,7 @@ def main() -> None:
     truncated_seconds = float("inf")
     for _ in range(arguments.repeats):
         start = time.perf_counter()
-        spectrum = truncated_svd(matrix, arguments.k, arguments.seed)
+        spectrum = truncated_svd(matrix.clone(), arguments.k, arguments.seed)
         truncated_seconds = min(truncated_seconds, time.perf_counter() - start)
 
     start = time.perf_counter()

@@ -53,6 +53,10 @@ class LayerBank:
     singular_values: tuple[float, ...]
     energies: tuple[MatrixEnergy, ...] = ()
 
+    def __post_init__(self) -> None:
+        assert self.directions.dtype == torch.float32, self.directions.dtype
+        assert self.directions.shape[0] == len(self.names) == len(self.singular_values), self.names
+
     def header(self) -> LayerHeader:
         return LayerHeader(self.index, self.names, self.singular_values, self.energies)
 

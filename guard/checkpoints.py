@@ -37,7 +37,7 @@ FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CHUNK_BYTES = 1 << 20
 HASH_THREADS = 8
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 StrPath = str | os.PathLike[str]
 
 

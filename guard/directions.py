@@ -95,9 +95,8 @@ def build_adapter_bank(
         check_rows(site, before)
     touched = [site for site in sites if lora.touches(site.weight)]
     if not touched:
-        raise CheckpointError(
-            f"{adapter}: touches only {', '.join(lora.module_kinds())}; residual-writing matrices unchanged"
-        )
+        kinds = ", ".join(lora.module_kinds()) or "no linear module"
+        raise CheckpointError(f"{adapter}: touches only {kinds}; residual-writing matrices unchanged")
     with _byte_bar("hashing weights", before.weights.nbytes(), progress) as hashed:
         base_digest = before.weights.digest(hashed)
 
@@ -174,7 +173,7 @@ def _sealed(model: Model, k: int, base_digest: str, tuned_digest: str, layers: t
 @contextmanager
 def _byte_bar(title: str, total: int, shown: bool) -> Iterator[Progress]:
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=not shown) as bar:
-        yield lambda count: (bar.update(count), None)[1]
+        yield bar.update
 
 
 def _some(names: list[str], limit: int = 5) -> str:

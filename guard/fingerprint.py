@@ -190,6 +190,9 @@ def _check_layers(path: Path, header: BankHeader) -> None:
             raise BankError(
                 f"{where}: field singular_values: {len(layer.singular_values)} values for {len(layer.names)} names"
             )
+        counted = sum(energy.directions for energy in layer.energies)
+        if layer.energies and counted != len(layer.names):
+            raise BankError(f"{where}: field energies: {counted} directions for {len(layer.names)} names")
 
 
 class _Fields:

@@ -8,7 +8,7 @@ accuracy does not depend on gaps between singular values: fine-tuned deltas ofte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import frexp, sqrt
 
 import torch
 
@@ -53,26 +53,23 @@ class Spectrum:
 def truncated_svd(matrix: torch.Tensor, k: int, seed: int) -> Spectrum:
     """The top min(k, shape) singular values and left vectors of a finite float32 matrix [m, n].
 
-    `matrix` is scaled in place, and scaled back: no copy of it is made. The large products run in float32, the
-    projection and all orthogonalisation in float64, so singular values carry no float32 rounding of their own.
-    Deterministic for a seed on one machine and number of threads.
+    Scales `matrix` in place, by a power of two, and leaves it so: no copy of it is made. The large products run in
+    float32, the projection and all orthogonalisation in float64, so singular values carry no float32 rounding of their
+    own. Deterministic for a seed on one machine and number of threads.
     """
     shape = (matrix.shape[0], matrix.shape[1])
     smallest, largest = (float(bound) for bound in torch.aminmax(matrix))
     peak = max(-smallest, largest)
     if not peak:
         return empty_spectrum(shape)
-    # A power of two, so that scaling is exact: products of tiny deltas would underflow, of huge ones overflow.
-    scale = 2.0 ** -int(torch.frexp(torch.tensor(peak)).exponent)
+    # Products of tiny deltas would underflow, of huge ones overflow; the bound keeps the factor itself in float32.
+    scale = 2.0 ** max(-120, min(120, -frexp(peak)[1]))
     matrix *= scale
-    try:
-        if min(shape) <= max(EXACT_SIDE, 2 * k):
-            left, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-            rest = 0.0
-        else:
-            left, values, rest = _block_krylov(matrix, k + OVERSAMPLING, seed)
-    finally:
-        matrix /= scale
+    if min(shape) <= max(EXACT_SIDE, 2 * k):
+        left, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+        rest = 0.0
+    else:
+        left, values, rest = _block_krylov(matrix, k + OVERSAMPLING, seed)
     return Spectrum(values / scale, left.T.contiguous(), rest / scale**2, shape).head(k)
 
 
@@ -96,6 +93,9 @@ def _block_krylov(matrix: torch.Tensor, width: int, seed: int) -> tuple[torch.Te
             fresh = fresh - basis @ (basis.T @ fresh)
             fresh = torch.linalg.qr(fresh).Q
         basis = torch.cat([basis, fresh], dim=1)
+    # A delta of few rows fills its space early, and QR completes the blocks of zeros that follow with vectors that are
+    # there already. Once more over all of them makes the basis orthonormal whatever happened.
+    basis = torch.linalg.qr(basis).Q
     # Float64 by blocks of rows: the whole matrix in float64 would be two more copies of it.
     projection = torch.zeros(basis.shape[1], columns, dtype=torch.float64)
     for start in range(0, rows, BLOCK_ROWS):
@@ -146,8 +146,8 @@ def numerical_rank(spectrum: Spectrum, noise: RoundingNoise | None) -> int:
       less than that noise would have (a delta much smaller than its weights' precision mostly rounds away).
 
     The test is sequential, as in Kritchman and Nadler (2008). Below the edge a singular vector is independent of any
-    planted one (Baik, Ben Arous and Peche, 2005), so nothing is lost. In doubt a direction stays: calibration can live
-    with a useless direction, detection cannot live without a useful one.
+    planted one in the limit (Baik, Ben Arous and Peche, 2005), so little is lost. In doubt a direction stays:
+    calibration can live with a useless direction, detection cannot live without a useful one.
     """
     if not len(spectrum.values):
         return 0

@@ -59,18 +59,37 @@ def test_a_small_matrix_is_decomposed_as_numpy_does() -> None:
     assert worst_cosine(spectrum.vectors, torch.from_numpy(left.T[:20])) > 1 - 1e-9
 
 
-def test_the_seed_decides_and_the_matrix_is_given_back_unchanged() -> None:
-    matrix = decaying(0.5)
-    copy = matrix.clone()
-    first, second = truncated_svd(matrix, 5, seed=3), truncated_svd(matrix, 5, seed=3)
+def test_one_seed_gives_one_result() -> None:
+    first, second = truncated_svd(decaying(0.5), 5, seed=3), truncated_svd(decaying(0.5), 5, seed=3)
+    other = truncated_svd(decaying(0.5), 5, seed=4)
     assert torch.equal(first.vectors, second.vectors)
-    assert torch.equal(matrix, copy)
+    assert not torch.equal(first.vectors, other.vectors)
+
+
+def test_a_delta_of_two_rows_has_two_singular_values() -> None:
+    matrix = torch.zeros(ROWS, COLUMNS)
+    matrix[3], matrix[400, :9] = 1.0, -2.0
+    exact = torch.linalg.svdvals(matrix[[3, 400]].double())
+    spectrum = truncated_svd(matrix, 20, seed=0)
+    assert numerical_rank(spectrum, None) == 2
+    assert spectrum.values[:2].tolist() == pytest.approx(exact.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("peak", [1e-45, 1e-39, 3.4e38])
+@pytest.mark.parametrize("rows", [16, ROWS])
+def test_the_ends_of_float32_are_decomposed(peak: float, rows: int) -> None:
+    matrix = torch.zeros(rows, COLUMNS)
+    matrix[2, 5] = peak
+    expected = float(matrix[2, 5])
+    spectrum = truncated_svd(matrix, 3, seed=0)
+    assert numerical_rank(spectrum, None) == 1
+    assert float(spectrum.values[0]) == pytest.approx(expected, rel=1e-6)
+    assert abs(float(spectrum.vectors[0, 2])) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
 def test_tiny_and_huge_deltas_neither_underflow_nor_overflow(scale: float) -> None:
-    matrix = decaying(1.0)
-    usual, scaled = truncated_svd(matrix, 5, seed=0), truncated_svd(matrix * scale, 5, seed=0)
+    usual, scaled = truncated_svd(decaying(1.0), 5, seed=0), truncated_svd(decaying(1.0) * scale, 5, seed=0)
     assert (scaled.values / scale).tolist() == pytest.approx(usual.values.tolist(), rel=1e-9)
     assert scaled.captured == pytest.approx(usual.captured, rel=1e-9)
 
