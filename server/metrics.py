@@ -273,10 +273,11 @@ def document() -> str:
     for declaration in DECLARATIONS:
         for label, values in declaration.labels.items():
             name = f"`{label}` of `{declaration.name}`" if label == "kind" else f"`{label}`"
-            if label != "endpoint" or name not in seen:
-                seen.setdefault(name, values)
+            seen.setdefault(name, values)
     for name, known in seen.items():
-        lines.append(f"| {name} | {', '.join(f'`{value}`' for value in known) if known else 'set by the release'} |")
+        lines.append(
+            f"| {name} | {', '.join(f'`{value}`' for value in known) if known else 'few, not known beforehand'} |"
+        )
     lines += ["", "## Guard failures", "", "| Kind | Meaning |", "| --- | --- |"]
     lines += [f"| `{kind}` | {meaning} |" for kind, meaning in FAILURE_MEANINGS.items()]
     return "\n".join(lines) + "\n"

@@ -33,13 +33,14 @@ class Proxy:
     def openai(self, **options: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, **options)  # type: ignore[arg-type]
 
+    # Nothing here is encrypted, and a client that verifies reads every certificate authority when it is made.
     def post(self, path: str, body: object, headers: dict[str, str] | None = None) -> httpx.Response:
         """A whole answer."""
-        with httpx.Client(base_url=self.url, timeout=10) as client:
+        with httpx.Client(base_url=self.url, timeout=10, verify=False) as client:
             return client.post(path, json=body, headers={"authorization": f"Bearer {KEY}", **(headers or {})})
 
     def get(self, path: str) -> httpx.Response:
-        with httpx.Client(base_url=self.url, timeout=15) as client:
+        with httpx.Client(base_url=self.url, timeout=15, verify=False) as client:
             return client.get(path)
 
     def sample(self, name: str, **labels: str) -> float:

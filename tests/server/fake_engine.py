@@ -77,7 +77,7 @@ class Script:
     garbage: bool = False
 
 
-class Cut(Exception):
+class CutError(Exception):
     """Breaks the connection."""
 
 
@@ -161,7 +161,7 @@ class _Played(Response):
         await send(_start(play.script.status, "application/json", headers))
         if play.script.cut_after is not None:
             await send({"type": "http.response.body", "body": content[:20], "more_body": True})
-            raise Cut
+            raise CutError
         await send({"type": "http.response.body", "body": content, "more_body": False})
 
 
@@ -310,7 +310,7 @@ class Play:
             if sent == self.script.cut_after:
                 # Let what was sent arrive before the connection breaks.
                 await asyncio.sleep(0.05)
-                raise Cut
+                raise CutError
             if self.script.keep_alive:
                 yield b": keep-alive\n\n"
             await asyncio.sleep(self.script.token_delay_s)

@@ -42,7 +42,8 @@ class Host:
         self._thread.start()
         deadline = time.monotonic() + 10
         while not self._server.started:
-            assert time.monotonic() < deadline and self._thread.is_alive(), "the server did not start"
+            assert self._thread.is_alive(), "the server did not start"
+            assert time.monotonic() < deadline, "the server did not start in time"
             time.sleep(0.005)
 
     def stop(self, at_once: bool = False) -> None:

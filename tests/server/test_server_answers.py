@@ -16,7 +16,7 @@ from .fake_engine import FINGERPRINT, MODEL, PAYLOAD, PROMPT_TOKENS, RESERVED, F
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
-MESSAGES = [{"role": "user", "content": "What is six times seven?"}]
+MESSAGES: Any = [{"role": "user", "content": "What is six times seven?"}]
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def test_the_openai_client_raises_bad_request_for_a_blocked_prompt_and_does_not_
 ) -> None:
     engine.script = Script(blocked={0: 0})
     with enforce.openai() as client, pytest.raises(openai.BadRequestError) as raised:
-        client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=stream)  # type: ignore[call-overload]
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=stream)
     assert raised.value.code == "content_filter"
     assert len(engine.bodies) == 1
 
@@ -158,7 +158,10 @@ def test_a_blocked_stream_ends_with_content_filter_before_the_payload(
     assert json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"] == blocked_at + 1
     assert done == b"data: [DONE]\n\n"
     assert_nothing_leaks(answer)
-    texts = [choice.get("delta", choice).get("content", choice.get("text", "")) for choice in choices_by_index(answer.content)[0]]
+    texts = [
+        choice.get("delta", choice).get("content", choice.get("text", ""))
+        for choice in choices_by_index(answer.content)[0]
+    ]
     safe = "".join(engine.script.tokens[: blocked_at - 1])
     assert safe.startswith("".join(text for text in texts if text))
 
@@ -248,7 +251,10 @@ def test_the_openai_client_reads_a_blocked_stream_to_its_end(engine: FakeEngine,
     engine.script = Script(blocked={0: 4})
     with enforce.openai() as client:
         stream = client.chat.completions.create(
-            model=MODEL, messages=MESSAGES, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+            model=MODEL,
+            messages=MESSAGES,
+            stream=True,
+            stream_options={"include_usage": True},
         )
         chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -260,7 +266,7 @@ def test_the_openai_client_reads_a_blocked_stream_to_its_end(engine: FakeEngine,
 
 async def test_the_async_openai_client_gets_whole_answers_and_streams(engine: FakeEngine, enforce: Proxy) -> None:
     async with openai.AsyncOpenAI(base_url=f"{enforce.url}/v1", api_key=KEY) as client:
-        answer = await client.chat.completions.create(model=MODEL, messages=MESSAGES)  # type: ignore[arg-type]
+        answer = await client.chat.completions.create(model=MODEL, messages=MESSAGES)
         assert answer.choices[0].message.content == "The answer is 42."
         completion = await client.completions.create(model=MODEL, prompt=["a", "b"])
         assert [choice.text for choice in completion.choices] == ["The answer is 42."] * 2

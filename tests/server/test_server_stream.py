@@ -1,0 +1,201 @@
+"""The hold-back: what is released is always of tokens that were judged."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guard.evidence import STREAM_PREFIX
+from guard.policy import Mode, Policy
+from server.assessment import Assessor
+from server.handshake import Handshake
+from server.protocol import CHAT, TEXT, Call, read_call
+from server.sse import Event, EventParser
+from server.stream import StreamGuard
+
+from .fake_engine import FINGERPRINT, PAYLOAD, RESERVED, Play, Script
+
+HANDSHAKE = Handshake(FINGERPRINT, "c", RESERVED, 1)
+
+
+def opened(call: Call, mode: Mode = "enforce") -> tuple[StreamGuard, Assessor]:
+    assessor = Assessor(call, Policy(mode=mode), HANDSHAKE)
+    return StreamGuard(call, assessor), assessor
+
+
+def comment(evidence: str | None) -> Event:
+    return Event(None, f"{STREAM_PREFIX}{evidence}\n".encode())
+
+
+def data(raw: bytes) -> Event:
+    (event,) = EventParser().feed(raw)
+    return event
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    text: str = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+    return text
+
+
+def by_index(released: list[bytes]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for part in released:
+        body = part.removeprefix(b"data: ").strip()
+        if body != b"[DONE]":
+            for choice in json.loads(body)["choices"]:
+                found.setdefault(choice["index"], []).append(choice)
+    return found
+
+
+@st.composite
+def plays(draw: st.DrawFn) -> tuple[Call, Play, list[bytes]]:
+    """A request, how the engine plays it, and its data events in any order that keeps each choice's own."""
+    endpoint = draw(st.sampled_from([CHAT, TEXT]))
+    n = draw(st.integers(1, 4))
+    tokens = tuple(f"<{number}>" for number in range(draw(st.integers(1, 6))))
+    blocked = draw(st.dictionaries(st.integers(0, n - 1), st.integers(0, len(tokens)), max_size=n))
+    script = Script(tokens=tokens, blocked=blocked, merge=draw(st.integers(1, 3)), text_with_finish=draw(st.booleans()))
+    body = {"n": n, "stream": True, "stream_options": {"include_usage": True}, "messages": [], "prompt": "p"}
+    call = read_call(endpoint, json.dumps(body).encode())
+    play = Play(script, json.loads(call.upstream_body(Policy(), RESERVED)), endpoint.chat)
+    *chunks, usage = play.data_events()
+    queues: dict[int, list[bytes]] = {}
+    for chunk in chunks:
+        queues.setdefault(json.loads(chunk[6:])["choices"][0]["index"], []).append(chunk)
+    mixed: list[bytes] = []
+    while queues:
+        index = draw(st.sampled_from(sorted(queues)))
+        mixed.append(queues[index].pop(0))
+        if not queues[index]:
+            del queues[index]
+    return call, play, [*mixed, usage]
+
+
+@given(plays())
+def test_what_is_released_is_text_before_the_blocked_token_less_a_chunk(
+    played: tuple[Call, Play, list[bytes]],
+) -> None:
+    call, play, chunks = played
+    guard, _ = opened(call)
+    released = guard.feed(comment(play.evidence(final=False)))
+    if all(play.script.blocked.get(index) == 0 for index in range(call.n)):
+        assert guard.refusal is not None
+        assert guard.refusal.code == "content_filter"
+        assert guard.closed
+        assert released == []
+        return
+    for chunk in chunks:
+        released += guard.feed(data(chunk))
+        texts = {index: "".join(map(text_of, choices)) for index, choices in by_index(released).items()}
+        for index, text in texts.items():
+            assert PAYLOAD not in text
+            assert "".join(play.tokens(index)).startswith(text)
+    released += guard.feed(comment(play.evidence(final=True)))
+    released += guard.feed(data(b"data: [DONE]\n\n"))
+    found = by_index(released)
+    for index in range(call.n):
+        ends = [choice["finish_reason"] for choice in found[index] if choice["finish_reason"]]
+        assert ends == ["content_filter" if play.is_blocked(index) else "length"]
+        assert found[index][-1]["finish_reason"] is not None
+        if not play.is_blocked(index):
+            assert "".join(map(text_of, found[index])) == "".join(play.tokens(index))
+    assert str(RESERVED) not in b"".join(released).decode()
+    assert released[-1] == b"data: [DONE]\n\n"
+    assert guard.closed
+
+
+@given(plays(), st.integers(0, 30))
+def test_a_cut_anywhere_ends_well_formed_and_releases_nothing_held(
+    played: tuple[Call, Play, list[bytes]], cut_after: int
+) -> None:
+    call, play, chunks = played
+    guard, _ = opened(call)
+    released = guard.feed(comment(play.evidence(final=False)))
+    if guard.closed:
+        return
+    for chunk in chunks[:cut_after]:
+        released += guard.feed(data(chunk))
+    before = len(released)
+    *_, error, done = released = released + guard.cut()
+    assert len(released) == before + 2
+    assert (json.loads(error[6:])["error"]["code"], done) == ("upstream_cut", b"data: [DONE]\n\n")
+    assert PAYLOAD.encode() not in b"".join(released)
+    assert guard.cut() == []
+    assert guard.feed(data(chunks[0])) == []
+
+
+@given(plays(), st.sampled_from(["monitor", "off"]))
+def test_outside_enforce_every_byte_passes_in_order(played: tuple[Call, Play, list[bytes]], mode: Mode) -> None:
+    call, play, chunks = played
+    play.policy = Policy(mode=mode)
+    *_, usage = play.data_events()
+    chunks = [*play.data_events()[:-1], usage]
+    guard, _ = opened(call, mode)
+    released = guard.feed(comment(play.evidence(final=False)))
+    for chunk in chunks:
+        released += guard.feed(data(chunk))
+    released += guard.feed(comment(play.evidence(final=True)))
+    released += guard.feed(data(b"data: [DONE]\n\n"))
+    assert released == [*chunks, b"data: [DONE]\n\n"]
+
+
+def one(**fields: Any) -> Call:
+    return read_call(CHAT, json.dumps({"messages": [], "stream": True, **fields}).encode())
+
+
+def play_of(call: Call, script: Script) -> Play:
+    return Play(script, json.loads(call.upstream_body(Policy(), RESERVED)), chat=True)
+
+
+def test_a_token_is_released_when_its_successor_arrives_and_not_before() -> None:
+    call = one()
+    play = play_of(call, Script())
+    role, first, second, *_ = play.data_events()
+    guard, _ = opened(call)
+    guard.feed(comment(play.evidence(final=False)))
+    assert guard.feed(data(role)) == [role], "the role holds no token"
+    assert guard.feed(data(first)) == []
+    assert guard.feed(data(second)) == [first]
+
+
+def test_a_block_that_only_the_final_evidence_names_still_blocks() -> None:
+    call = one()
+    honest = play_of(call, Script())
+    guard, _ = opened(call)
+    released = guard.feed(comment(honest.evidence(final=False)))
+    for chunk in honest.data_events():
+        released += guard.feed(data(chunk))
+    blocking = play_of(call, Script(blocked={0: 5}))
+    released += guard.feed(comment(blocking.evidence(final=True)))
+    released += guard.feed(data(b"data: [DONE]\n\n"))
+    assert by_index(released)[0][-1]["finish_reason"] == "content_filter"
+    assert not any(choice["finish_reason"] == "length" for choice in by_index(released)[0])
+
+
+def test_a_chunk_of_a_choice_nobody_asked_for_ends_the_stream() -> None:
+    call = one()
+    play = play_of(one(n=2), Script())
+    guard, assessor = opened(call)
+    guard.feed(comment(play_of(call, Script()).evidence(final=False)))
+    released = [part for chunk in play.data_events() for part in guard.feed(data(chunk))]
+    assert guard.closed
+    assert assessor.failure is not None
+    assert assessor.failure.kind == "response_invalid"
+    assert b"guard_unavailable" in released[-2]
+
+
+def test_a_choice_that_never_finished_is_a_failure() -> None:
+    call = one()
+    play = play_of(call, Script())
+    role, first, *_, usage = play.data_events()
+    guard, assessor = opened(call)
+    guard.feed(comment(play.evidence(final=False)))
+    for chunk in (role, first, usage):
+        guard.feed(data(chunk))
+    guard.feed(comment(play.evidence(final=True)))
+    released = guard.feed(data(b"data: [DONE]\n\n"))
+    assert assessor.failure is not None
+    assert b"guard_unavailable" in released[0]
