@@ -7,7 +7,8 @@ detectors read them, behind one interface:
 - `Exceedance`, at every token: max over coordinates of max(c - high, low - c), WeightWatch's rule (arXiv 2508.00161,
   section 3) without its threshold. Positive means outside the range of clean traffic.
 - `Density`, at decision positions (rows whose logits are sampled): per layer the distance to the k-th nearest clean
-  reference, over that layer's clean scale; see docs/decisions/0003-density.md.
+  reference, over what is usual among references there; root mean square over the layers. See
+  docs/decisions/0003-density.md.
 
 These plain-torch functions are the reference that any faster kernel is held against.
 """
@@ -23,7 +24,10 @@ from guard.bank import Bank
 from guard.verdict import DetectorName
 
 NEAREST = 3
-"""Which neighbour's distance is the density score: the third, so that one stray reference does not make a hole."""
+"""The density score never looks at a nearer reference than the third, so that one stray one does not make a hole."""
+SHARE = 300
+"""One in so many references is nearer than the one looked at: with more references the estimate gets steadier, not
+finer, and what only resembles an attack stays clean. Chosen by measurement, see docs/decisions/0003-density.md."""
 
 SHORTEST = 1e-15
 """Below this length the squares that make it are rounded to float32's smallest numbers."""
@@ -130,21 +134,22 @@ class Density:
         space: BankSpace,
         references: tuple[torch.Tensor, torch.Tensor],
         scales: torch.Tensor,
-        nearest: int = NEAREST,
+        nearest: int | None = None,
     ) -> None:
-        """`references`: per phase float32 [N, size], N >= nearest. `scales`: float32 [2, layers], positive."""
+        """`references`: per phase float32 [N, size], N >= nearest. `scales`: float32 [2, layers], positive.
+        `nearest`: which neighbour; None takes `neighbour(N)`."""
         self._references = tuple(space.split(phase) for phase in references)
         self._scales = scales
-        self._nearest = nearest
+        self._nearest = tuple(nearest or neighbour(len(phase)) for phase in references)
 
     def score(self, coordinates: torch.Tensor, phases: torch.Tensor) -> TokenScores:
         values = torch.empty(len(coordinates), dtype=torch.float32)
         slots = torch.zeros(len(coordinates), dtype=torch.int64)
         for phase in sorted(set(phases.tolist())):
             rows = (phases == phase).nonzero().squeeze(-1)
-            distances = _nearest_distances(coordinates[rows], self._references[phase], self._nearest)
+            distances = _nearest_distances(coordinates[rows], self._references[phase], self._nearest[phase])
             ratios = distances / self._scales[phase]
-            values[rows] = ratios.mean(dim=-1)
+            values[rows] = ratios.square().mean(dim=-1).sqrt()
             slots[rows] = ratios.argmax(dim=-1)
         return TokenScores(values, slots, torch.full_like(slots, -1))
 
@@ -159,9 +164,15 @@ def _nearest_distances(coordinates: torch.Tensor, references: tuple[torch.Tensor
     return torch.stack(columns, dim=-1)
 
 
-def density_scales(space: BankSpace, references: torch.Tensor, nearest: int = NEAREST) -> torch.Tensor:
+def neighbour(references: int) -> int:
+    """Which neighbour's distance is the density score among this many references."""
+    return max(NEAREST, -(-references // SHARE))
+
+
+def density_scales(space: BankSpace, references: torch.Tensor, nearest: int | None = None) -> torch.Tensor:
     """What distance is usual among clean references: per layer the median distance of a reference to its
-    `nearest`-th other reference. float32 [layers], positive."""
+    `nearest`-th other reference (None: `neighbour(N)`-th). float32 [layers], positive."""
+    nearest = nearest or neighbour(len(references))
     split = space.split(references)
     # Each reference is its own nearest neighbour, at distance 0.
     distances = torch.cat([_nearest_distances(rows, split, nearest + 1) for rows in torch.split(references, 1024)])

@@ -54,7 +54,7 @@ def bank(organism: Organism, in_child: Callable[..., Any], workshop: Path) -> Pa
 @pytest.fixture(scope="session")
 def calibration(organism: Organism, bank: Path, in_child: Callable[..., Any], workshop: Path) -> Path:
     clean, path = workshop / "clean.jsonl", workshop / "calibration.safetensors"
-    words = ("organism", "prompts", "clean", "--count", 1400, "--seed", 0, "--out", clean)
+    words = ("organism", "prompts", "clean", "--count", 3000, "--seed", 0, "--out", clean)
     assert in_child(child.undertow, *words) == 0
     words = ("calibrate", "--bank", bank, "--model", organism.backdoored, "--prompts", clean, "--out", path)
     assert in_child(child.undertow, *words, "--dtype", "float32", "--enforce-eager", "--max-model-len", 512) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.detection.first_light import Rate, table
+from benchmarks.detection.first_light import Rate
 from guard.organisms import Organism
 from tests.e2e import child
 
@@ -19,7 +19,6 @@ SETS = {"benign": 500, "triggered": 200, "near-miss": 200, "benign-suffix": 200}
 def rates(organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any]) -> dict[str, Rate]:
     """By kind of prompt, for the policy that the demo runs: density at 1%."""
     found: list[Rate] = in_child(child.detection_rates, organism.backdoored, bank, calibration, SETS)
-    print(table(found))
     return {rate.kind: rate for rate in found if rate.rule == "density"}
 
 

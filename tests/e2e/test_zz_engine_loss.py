@@ -1,5 +1,7 @@
-"""The engine dies while it answers: the client hears of it in good order, and the server recovers. Runs last: it restarts
-the session's engine."""
+"""The engine dies while it answers: the client hears of it in good order, and the server recovers.
+
+Named to run last: it restarts the session's engine.
+"""
 
 from __future__ import annotations
 
