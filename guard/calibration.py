@@ -201,6 +201,8 @@ def _read_space(metadata: Mapping[str, Any]) -> BankSpace:
     space = BankSpace(tuple(metadata["layers"]), tuple(metadata["widths"]), tuple(metadata["names"]))
     if not all(type(number) is int for number in (*space.layers, *space.widths)) or min(space.widths) < 1:
         raise TypeError("`layers` and `widths` must be whole numbers, at least one direction per layer")
+    if not all(isinstance(name, str) for name in space.names):
+        raise TypeError("`names` must be texts")
     if len(space.layers) != len(space.widths) or space.size != len(space.names):
         raise ValueError("`layers`, `widths` and `names` do not fit each other")
     return space

@@ -1,0 +1,165 @@
+"""What is done about a verdict, case by case; and what is not a policy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import traceback
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from guard.errors import ConfigError
+from guard.policy import Action, Mode, Policy, decide
+from guard.verdict import DETECTORS, DetectorName
+
+from .planted import a_verdict
+
+MODES: tuple[Mode, ...] = ("off", "monitor", "enforce")
+
+
+def policy(mode: Mode, **actions: str) -> Policy:
+    return Policy.model_validate(
+        {"mode": mode, "detections": {name: {"action": what} for name, what in actions.items()}}
+    )
+
+
+@pytest.mark.parametrize("unscorable", [None, "", "a reason"])
+@pytest.mark.parametrize("exceeded", [False, True])
+@pytest.mark.parametrize("action", ["flag", "block"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_decision_follows_from_mode_action_and_verdict(
+    mode: Mode, action: str, exceeded: bool, unscorable: str | None
+) -> None:
+    verdict = a_verdict(2.0 if exceeded else 0.5)
+    decision = decide(policy(mode, density=action), [verdict], unscorable)
+    expected: dict[Mode, str] = {"off": "allow", "monitor": "allow", "enforce": "allow"}
+    if exceeded:
+        expected |= {"monitor": "flag", "enforce": action}
+    if unscorable is not None:
+        expected |= {"monitor": "flag", "enforce": "block"}
+    assert decision.action == expected[mode]
+    blamed = mode != "off" and exceeded and unscorable is None
+    assert decision.verdict == (verdict if blamed else None)
+    assert bool(decision.reason) == (decision.action != "allow")
+    if mode != "off" and unscorable is not None:
+        assert decision.reason == f"unscorable: {unscorable}"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(DETECTORS), st.floats())),
+    st.sampled_from(["flag", "block"]),
+    st.one_of(st.none(), st.text()),
+)
+def test_monitor_never_blocks_and_off_says_nothing(
+    scores: list[tuple[DetectorName, float]], action: str, unscorable: str | None
+) -> None:
+    verdicts = [a_verdict(value, 1.0, detector) for detector, value in scores]
+    assert decide(policy("monitor", density=action, exceedance="block"), verdicts, unscorable).action != "block"
+    assert decide(policy("off", density=action, exceedance="block"), verdicts, unscorable).action == "allow"
+
+
+@given(st.floats())
+def test_nothing_above_a_threshold_passes_where_a_detection_blocks(value: float) -> None:
+    decision = decide(policy("enforce", density="block"), [a_verdict(value)])
+    assert (decision.action == "allow") == (value <= 1.0)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_most_severe_verdict_wins_in_any_order(order: tuple[int, ...]) -> None:
+    verdicts = [a_verdict(9.0, detector="exceedance"), a_verdict(2.0, detector="density"), a_verdict(0.1)]
+    decision = decide(policy("enforce", density="block", exceedance="flag"), [verdicts[index] for index in order])
+    assert decision.action == "block"
+    assert decision.verdict == verdicts[1]
+    assert "density in the prompt" in decision.reason
+
+
+def test_a_detector_that_the_policy_does_not_name_decides_nothing() -> None:
+    assert decide(policy("enforce", density="block"), [a_verdict(math.nan, detector="exceedance")]).action == "allow"
+
+
+def test_the_policy_of_one_who_says_nothing_blocks_on_density_at_one_in_a_hundred() -> None:
+    default = Policy()
+    assert default.mode == "enforce"
+    assert {name: (d.action, d.threshold.fpr) for name, d in default.detections.items()} == {"density": ("block", 0.01)}
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "an unknown key": {"detection": {}},
+    "an unknown mode": {"mode": "observe"},
+    "an unknown detector": {"detections": {"entropy": {"action": "block"}}},
+    "an unknown action": {"detections": {"density": {"action": "allow"}}},
+    "a detection without action": {"detections": {"density": {}}},
+    "an unknown key in a detection": {"detections": {"density": {"action": "block", "fpr": 0.1}}},
+    "no threshold": {"detections": {"density": {"action": "block", "threshold": {}}}},
+    "two thresholds": {"detections": {"density": {"action": "block", "threshold": {"fpr": 0.1, "raw": 1}}}},
+    "an unknown threshold": {"detections": {"density": {"action": "block", "threshold": {"p": 0.1}}}},
+    "no detection": {"detections": {}},
+    **{
+        f"a rate of {rate}": {"detections": {"density": {"action": "block", "threshold": {"fpr": rate}}}}
+        for rate in (0, 1, -0.1, 2, math.nan, math.inf, "high")
+    },
+    **{
+        f"a raw score of {raw}": {"detections": {"density": {"action": "block", "threshold": {"raw": raw}}}}
+        for raw in (math.nan, math.inf, -math.inf)
+    },
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_is_not_a_policy_is_refused(refused: str) -> None:
+    with pytest.raises(ValidationError):
+        Policy.model_validate(REFUSED[refused])
+
+
+def test_off_needs_no_detection() -> None:
+    assert Policy.model_validate({"mode": "off", "detections": {}}).detections == {}
+
+
+thresholds = st.one_of(
+    st.floats(0, 1, exclude_min=True, exclude_max=True).map(lambda fpr: {"fpr": fpr}),
+    st.floats(allow_nan=False, allow_infinity=False).map(lambda raw: {"raw": raw}),
+)
+policies = st.builds(
+    lambda mode, detections: Policy.model_validate({"mode": mode, "detections": detections}),
+    st.sampled_from(MODES),
+    st.dictionaries(
+        st.sampled_from(DETECTORS),
+        st.fixed_dictionaries({"action": st.sampled_from(["flag", "block"]), "threshold": thresholds}),
+        min_size=1,
+    ),
+)
+
+
+@given(policies)
+def test_a_policy_comes_back_from_the_wire_as_it_was_sent(some: Policy) -> None:
+    assert Policy.from_wire(some.to_wire()) == some
+
+
+@settings(deadline=None)
+@given(st.text(max_size=40))
+def test_a_text_that_is_no_policy_is_refused_without_being_repeated(text: str) -> None:
+    sent = f'{{"mode": "canary{text}"'
+    with pytest.raises(ConfigError) as caught:
+        Policy.from_wire(sent)
+    told = "".join(traceback.format_exception(caught.value))
+    assert "canary" not in told
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{", '{"mode":1}', '{"canary": 1}', '{"mode":"canary"}', "\ud800", "[" * 10_000]
+)
+def test_a_malformed_policy_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="policy sent with a request is not valid") as caught:
+        Policy.from_wire(text)
+    assert "canary" not in str(caught.value)
+
+
+def test_actions_are_a_closed_set() -> None:
+    actions: set[Action] = {"allow", "flag", "block"}
+    assert {
+        decide(policy(mode, density=what), [a_verdict(2.0)]).action for mode in MODES for what in ("flag", "block")
+    } == actions
