@@ -7,10 +7,8 @@ happens, `_conclude` counts it once.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -18,27 +16,22 @@ from starlette.types import Receive, Scope, Send
 
 from guard.errors import EngineError
 from guard.policy import Policy
-from server.assessment import Assessor, Usage, choices_of
+from server.assessment import Assessor
 from server.body import read_body
 from server.disconnect import ClientGone, unless_gone
-from server.errors import (
-    ApiError,
-    GuardFailure,
-    UpstreamError,
-    blocked_prompt,
-    guard_unavailable,
-    upstream_unavailable,
-)
+from server.errors import ApiError, GuardFailure, UpstreamError, guard_unavailable, upstream_unavailable
 from server.handshake import Handshake, HandshakeKeeper
 from server.incidents import report, report_failure
 from server.logs import LOGGER, log
 from server.metrics import Metrics, Outcome
-from server.protocol import Call, Endpoint, blocked_choice, new_head, read_call
+from server.protocol import Call, Endpoint, read_call
+from server.reply import Reply
 from server.settings import Limits
 from server.sse import EventParser
 from server.stopwatch import Stopwatch
 from server.stream import StreamGuard
 from server.upstream import Answer, Upstream
+from server.whole import judge_answer, judge_error
 
 _DRAIN_S = 0.5
 
@@ -67,36 +60,35 @@ class Exchange(Response):
         self._call: Call | None = None
         self._assessor: Assessor | None = None
         self._outcome: Outcome = "guard_failed"
-        self._status = 0
-        self._started = False
-        self._answered = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send, self._request_id, self._measure)
         with self._gateway.metrics.inflight.track_inprogress():
             try:
-                await self._exchange(receive, send)
+                await self._exchange(receive, reply)
             finally:
-                self._conclude()
+                self._conclude(reply.status)
 
-    async def _exchange(self, receive: Receive, send: Send) -> None:
+    async def _exchange(self, receive: Receive, reply: Reply) -> None:
         try:
             body = await read_body(self._request, self._gateway.limits)
             self._stopwatch = Stopwatch()
             self._call = read_call(self._endpoint, body)
-            await unless_gone(receive, self._serve(self._call, send))
+            await unless_gone(receive, self._serve(self._call, reply))
         except (ClientGone, ClientDisconnect):
-            if not self._answered:
+            if not reply.complete:
                 self._outcome = "client_gone"
         except ApiError as error:
             self._outcome = "client_error"
-            await self._send_error(send, error)
+            await reply.error(error)
 
-    async def _serve(self, call: Call, send: Send) -> None:
+    async def _serve(self, call: Call, reply: Reply) -> None:
         try:
             handshake = await self._handshake()
             assessor = self._assessor = Assessor(call, self._gateway.policy, handshake)
             if handshake is None and assessor.enforcing:
-                await self._refuse_unjudged(send, assessor.opening(None))
+                assessor.opening(None)
+                await self._refuse(assessor, guard_unavailable(), reply)
                 return
             body = call.upstream_body(self._gateway.policy, assessor.reserved_token_id)
             authorization = self._request.headers.get("authorization")
@@ -104,15 +96,15 @@ class Exchange(Response):
                 self._endpoint.path, body, authorization, self._request_id, self._stopwatch
             ) as answer:
                 if answer.status != 200:
-                    await self._answer_error(call, assessor, answer, send)
+                    await self._answer_error(call, assessor, answer, reply)
                 elif call.stream:
-                    await self._answer_stream(call, assessor, answer, send)
+                    await self._answer_stream(call, assessor, answer, reply)
                 else:
-                    await self._answer_full(call, assessor, answer, send)
+                    await self._answer_whole(call, assessor, answer, reply)
         except UpstreamError as error:
             self._upstream_failed(error)
             self._outcome = "upstream_error"
-            await self._send_error(send, upstream_unavailable(error))
+            await reply.error(upstream_unavailable(error))
         except ApiError:
             raise
         except Exception:  # noqa: BLE001 - fail closed: nothing more of the answer is sent
@@ -120,7 +112,7 @@ class Exchange(Response):
             if self._assessor is not None:
                 self._assessor.failure = GuardFailure("internal", "a fault in the server")
             self._outcome = "guard_failed"
-            await self._send_error(send, guard_unavailable())
+            await reply.error(guard_unavailable())
 
     async def _handshake(self) -> Handshake | None:
         """None where the engine is up but its guard is not what it should be."""
@@ -130,94 +122,70 @@ class Exchange(Response):
         except EngineError:
             return None
 
-    async def _answer_full(self, call: Call, assessor: Assessor, answer: Answer, send: Send) -> None:
-        content = await answer.read()
-        body, choices = _parse_full(content)
-        failure = assessor.final(answer.evidence, Usage.read(body.get("usage")))
-        if failure is None and choices is None:
-            failure = assessor.fail(GuardFailure("response_invalid", "the answer has no choices"))
-        for choice in choices or ():
-            failure = failure or assessor.stopped_unexplained(choice["index"], choice.get("stop_reason"))
-        if failure is not None and assessor.enforcing:
-            await self._refuse_unjudged(send, failure)
+    async def _answer_whole(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
+        released = judge_answer(call, assessor, answer.evidence, await answer.read())
+        if isinstance(released, ApiError):
+            await self._refuse(assessor, released, reply)
             return
-        if assessor.prompt_blocked:
-            await self._refuse_prompt(send)
-            return
-        if assessor.blocked and choices is not None:
-            body["choices"] = [_without_blocked(call, assessor, choice) for choice in choices]
-            content = json.dumps(body).encode()
-        self._judge_outcome(assessor)
-        await self._send_full(send, 200, content, answer.content_type, {"x-undertow-action": assessor.told})
+        self._settle(assessor)
+        await reply.whole(200, released, answer.content_type, {"x-undertow-action": assessor.told})
 
-    async def _answer_stream(self, call: Call, assessor: Assessor, answer: Answer, send: Send) -> None:
+    async def _answer_error(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
+        content = await answer.read()
+        released = judge_error(call, assessor, answer.evidence, content)
+        if isinstance(released, ApiError):
+            await self._refuse(assessor, released, reply)
+        elif released is not None:
+            self._settle(assessor)
+            await reply.whole(200, released, headers={"x-undertow-action": assessor.told})
+        else:
+            self._engine_refused(assessor, answer.status)
+            await reply.whole(answer.status, content, answer.content_type)
+
+    async def _answer_stream(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         guard, parser = StreamGuard(call, assessor), EventParser()
         try:
             async for received in answer.chunks():
                 released = [part for event in parser.feed(received) for part in guard.feed(event)]
                 if guard.refusal is not None:
-                    await self._refuse_opening(send, assessor, guard.refusal)
+                    await self._refuse(assessor, guard.refusal, reply)
                     return
-                if guard.opened and not self._started:
-                    await self._start_stream(send, assessor)
+                if guard.opened and not reply.started:
+                    await reply.begin_stream({"x-undertow-action": assessor.told})
                 if released:
-                    await self._send_part(send, b"".join(released))
+                    await reply.part(b"".join(released))
                 if guard.closed:
                     break
         except UpstreamError as error:
-            if not self._started:
+            if not reply.started:
                 raise
             self._upstream_failed(error)
-        if not self._started:
+        if not reply.started:
             raise UpstreamError("cut", "the engine ended a stream before its first event")
         if not guard.closed:
-            await self._send_part(send, b"".join(guard.cut()))
-        self._judge_outcome(assessor, broken=guard.broken)
-        self._answered = True
+            await reply.part(b"".join(guard.cut()))
+        self._settle(assessor, guard.broken)
+        reply.complete = True
         if self._outcome not in ("guard_failed", "upstream_error"):
             await _drain(answer)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await reply.end()
 
-    async def _answer_error(self, call: Call, assessor: Assessor, answer: Answer, send: Send) -> None:
-        """The engine answered with an error. Where sequences had begun, evidence says whether a block made it."""
-        content = await answer.read()
-        evidence = answer.evidence
-        failure = assessor.opening(evidence) if evidence is not None else None
-        if failure is not None and failure.kind == "unscorable" and assessor.enforcing:
-            await self._refuse_unjudged(send, failure)
-        elif assessor.prompt_blocked or (assessor.blocked and call.stream):
-            await self._refuse_prompt(send)
-        elif assessor.blocked:
-            self._outcome = "blocked_output"
-            body = json.dumps(_all_blocked(call, assessor)).encode()
-            await self._send_full(send, 200, body, "application/json", {"x-undertow-action": "block"})
-        else:
-            assessor.failure = None  # Nothing was generated, so nothing went unjudged.
-            self._outcome = "upstream_rejected" if answer.status < 500 else "upstream_error"
-            if answer.status >= 500:
-                self._upstream_failed(UpstreamError("status", f"the engine answered {answer.status}"))
-            await self._send_full(send, answer.status, content, answer.content_type)
-
-    async def _refuse_opening(self, send: Send, assessor: Assessor, refusal: ApiError) -> None:
-        if assessor.failure is not None and assessor.enforcing:
-            await self._refuse_unjudged(send, assessor.failure)
-        else:
+    async def _refuse(self, assessor: Assessor, refusal: ApiError, reply: Reply) -> None:
+        """Answer with an error instead of what the engine sent."""
+        headers: dict[str, str] = {}
+        if refusal.code == "content_filter":
             self._outcome = "blocked_prompt"
-            await self._send_error(send, refusal, {"x-undertow-action": "block"})
+            headers = {"x-undertow-action": "block"}
+        elif refusal.code == "guard_unavailable":
+            self._outcome = "guard_failed"
+            self._doubt_handshake(assessor)
+        else:
+            self._engine_refused(assessor, refusal.status)
+        await reply.error(refusal, headers)
 
-    async def _refuse_prompt(self, send: Send) -> None:
-        self._outcome = "blocked_prompt"
-        await self._send_error(send, blocked_prompt(self._endpoint.prompt_field), {"x-undertow-action": "block"})
-
-    async def _refuse_unjudged(self, send: Send, failure: GuardFailure | None) -> None:
-        self._outcome = "guard_failed"
-        if failure is not None and failure.kind == "fingerprint":
-            self._gateway.keeper.drop(failure.detail)
-        await self._send_error(send, guard_unavailable())
-
-    def _judge_outcome(self, assessor: Assessor, broken: bool = False) -> None:
-        if assessor.failure is not None and assessor.failure.kind == "fingerprint":
-            self._gateway.keeper.drop(assessor.failure.detail)
+    def _settle(self, assessor: Assessor, broken: bool = False) -> None:
+        """The outcome of an answer that was released."""
+        self._doubt_handshake(assessor)
         if broken:
             self._outcome = "upstream_error"
         elif assessor.failure is not None:
@@ -227,6 +195,13 @@ class Exchange(Response):
         else:
             self._outcome = "flagged" if assessor.told == "flag" else "allowed"
 
+    def _engine_refused(self, assessor: Assessor, status: int) -> None:
+        """The outcome of an error that the engine answered with."""
+        assessor.failure = None  # Nothing was generated, so nothing went unjudged.
+        self._outcome = "upstream_rejected" if status < 500 else "upstream_error"
+        if status >= 500:
+            self._upstream_failed(UpstreamError("status", f"the engine answered {status}"))
+
     def _upstream_failed(self, error: UpstreamError) -> None:
         self._gateway.metrics.upstream_failed(error.kind)
         log(logging.ERROR, "upstream error", request_id=self._request_id, kind=error.kind, detail=error.detail)
@@ -234,40 +209,16 @@ class Exchange(Response):
             # It may come back with another bank.
             self._gateway.keeper.drop(error.detail)
 
-    async def _start_stream(self, send: Send, assessor: Assessor) -> None:
-        headers = {"x-undertow-action": assessor.told, "cache-control": "no-cache"}
-        await self._start(send, 200, "text/event-stream; charset=utf-8", headers)
+    def _doubt_handshake(self, assessor: Assessor) -> None:
+        if assessor.failure is not None and assessor.failure.kind == "fingerprint":
+            self._gateway.keeper.drop(assessor.failure.detail)
 
-    async def _send_part(self, send: Send, part: bytes) -> None:
-        await send({"type": "http.response.body", "body": part, "more_body": True})
-
-    async def _send_error(self, send: Send, error: ApiError, headers: dict[str, str] | None = None) -> None:
-        if self._answered:
-            return
-        if self._started:
-            part = error.sse() + b"data: [DONE]\n\n"
-            await send({"type": "http.response.body", "body": part, "more_body": False})
-            return
-        headers = {**error.headers, **(headers or {})}
-        await self._send_full(send, error.status, error.body(), "application/json", headers)
-
-    async def _send_full(
-        self, send: Send, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None
-    ) -> None:
-        await self._start(send, status, content_type, {**(headers or {}), "content-length": str(len(body))})
-        self._answered = True
-        await send({"type": "http.response.body", "body": body, "more_body": False})
-
-    async def _start(self, send: Send, status: int, content_type: str, headers: dict[str, str]) -> None:
-        self._started = True
-        self._status = status
+    def _measure(self) -> None:
+        """Called right before the first byte of the answer."""
         if self._call is not None:
             self._gateway.metrics.added_latency(self._stopwatch.added)
-        pairs = {"content-type": content_type, "x-request-id": self._request_id, **headers}
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs.items()]
-        await send({"type": "http.response.start", "status": status, "headers": raw})
 
-    def _conclude(self) -> None:
+    def _conclude(self, status: int) -> None:
         """Count and log the request, once."""
         metrics, call, assessor = self._gateway.metrics, self._call, self._assessor
         metrics.requested(self._endpoint.name, self._outcome)
@@ -278,50 +229,18 @@ class Exchange(Response):
                     report(call, self._request_id, record)
             if assessor.failure is not None and self._outcome in ("guard_failed", "unguarded"):
                 metrics.failed(assessor.failure.kind, self._gateway.policy.mode)
-                report_failure(call, self._request_id, assessor.failure, self._gateway.policy.mode)
+                passed = self._outcome == "unguarded"
+                report_failure(call, self._request_id, assessor.failure, self._gateway.policy.mode, passed)
         log(
             logging.INFO,
             "request",
             request_id=self._request_id,
             endpoint=self._endpoint.name,
             outcome=self._outcome,
-            status=self._status,
+            status=status,
             stream=call.stream if call else None,
             duration_s=round(self._stopwatch.total, 4),
         )
-
-
-def _parse_full(content: bytes) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
-    """A full answer and its choices; an empty body and None where it is not of the shape that OpenAI says."""
-    try:
-        body = json.loads(content)
-    except ValueError:
-        return {}, None
-    return (body, choices_of(body)) if isinstance(body, dict) else ({}, None)
-
-
-def _without_blocked(call: Call, assessor: Assessor, choice: dict[str, Any]) -> dict[str, Any]:
-    if choice["index"] not in assessor.blocked:
-        return choice
-    message = choice.get("message")
-    role = message.get("role") if isinstance(message, dict) else None
-    return blocked_choice(call.endpoint, choice["index"], role if isinstance(role, str) else "assistant")
-
-
-def _all_blocked(call: Call, assessor: Assessor) -> dict[str, Any]:
-    """The answer where a block made the engine fail: it sent no text for any choice. Usage is the evidence's."""
-    records = assessor.records
-    prompt = sum(record.prompt_tokens for record in records if record.choice_index == 0)
-    completion = sum(max(0, record.tokens_scored + 1 - record.prompt_tokens) for record in records)
-    return {
-        **new_head(call),
-        "choices": [blocked_choice(call.endpoint, index) for index in range(call.prompts * call.n)],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        },
-    }
 
 
 async def _drain(answer: Answer) -> None:

@@ -136,9 +136,9 @@ class HandshakeKeeper:
         try:
             answer = await self._upstream.status()
             if answer.status_code != 200:
-                raise HandshakeError(
-                    f"{STATUS_PATH} answered {answer.status_code}; is Undertow's middleware loaded in the engine?"
-                )
+                absent = answer.status_code == 404
+                hint = "is Undertow's middleware loaded in the engine?" if absent else "its workers gave no status"
+                raise HandshakeError(f"{STATUS_PATH} of the engine answered {answer.status_code}; {hint}")
             self._set(agree(Status.from_json(answer.content), self._policy, self._expected), None)
         except UpstreamError as error:
             # A busy engine is still the same engine.

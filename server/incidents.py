@@ -38,10 +38,10 @@ def report(call: Call, request_id: str, record: Record) -> None:
     )
 
 
-def report_failure(call: Call, request_id: str, failure: GuardFailure, mode: Mode) -> None:
-    """A request that could not be judged. CRITICAL where it passed all the same, ERROR where it was refused."""
+def report_failure(call: Call, request_id: str, failure: GuardFailure, mode: Mode, passed: bool) -> None:
+    """A request that could not be judged. CRITICAL where it passed although somebody was watching (monitor)."""
     log(
-        logging.CRITICAL if mode == "monitor" else logging.ERROR,
+        logging.CRITICAL if passed and mode == "monitor" else logging.ERROR,
         "guard failure",
         request_id=request_id,
         model=call.model,
@@ -49,7 +49,7 @@ def report_failure(call: Call, request_id: str, failure: GuardFailure, mode: Mod
         mode=mode,
         kind=failure.kind,
         detail=failure.detail,
-        passed=mode != "enforce",
+        passed=passed,
     )
 
 

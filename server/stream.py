@@ -68,13 +68,17 @@ class StreamGuard:
             return []
         if event.data is None:
             return self._comment(event.comment or b"")
-        if not self.opened:
-            self._open(None)
-            if self.closed:
-                return []
         if event.data == DONE:
-            return self._done(event.raw)
-        return self._chunk(event)
+            self._open_unproven()
+            return [] if self.closed else self._done(event.raw)
+        try:
+            chunk = json.loads(event.data)
+        except ValueError:
+            chunk = None
+        if isinstance(chunk, dict) and "error" in chunk:
+            return self._error(chunk["error"], event.raw)
+        self._open_unproven()
+        return [] if self.closed else self._chunk(chunk, event.raw)
 
     def cut(self) -> list[bytes]:
         """The engine went away without `[DONE]`. What is held stays held."""
@@ -97,11 +101,14 @@ class StreamGuard:
         if not comment.startswith(_EVIDENCE):
             return [_KEEP_ALIVE] if self.opened else []
         text = comment.removeprefix(_EVIDENCE)
-        if self.opened:
-            self._evidence = text
-        else:
+        if not self.opened:
             self._open(text)
-        return []
+            return []
+        # Before each chunk that ends a choice, and before `[DONE]`: only the last one is of the whole answer, but a
+        # block or a failure that an earlier one names is acted on at once.
+        self._evidence = text
+        failure = self._assessor.opening(text)
+        return self._close(guard_unavailable()) if failure is not None and self._assessor.enforcing else []
 
     def _open(self, evidence: bytes | None) -> None:
         self.opened = True
@@ -112,24 +119,31 @@ class StreamGuard:
             self.refusal = blocked_prompt(self._call.endpoint.prompt_field)
         self.closed = self.refusal is not None
 
-    def _chunk(self, event: Event) -> list[bytes]:
-        try:
-            chunk = json.loads(event.data or b"")
-        except ValueError:
-            chunk = None
-        if isinstance(chunk, dict) and "error" in chunk:
-            self._engine_error = event.raw
-            return []
+    def _open_unproven(self) -> None:
+        """An event came before any evidence."""
+        if not self.opened:
+            self._open(None)
+
+    def _error(self, error: object, raw: bytes) -> list[bytes]:
+        if self.opened:
+            self._engine_error = raw
+        else:
+            # No sequence was started: the error is the whole answer.
+            self.refusal = _passed_on(error)
+            self.broken = self.closed = True
+        return []
+
+    def _chunk(self, chunk: object, raw: bytes) -> list[bytes]:
         choices = choices_of(chunk) if isinstance(chunk, dict) else None
-        if choices is None or len(choices) > 1:
-            return self._unreadable("a chunk is not of one choice", event.raw)
+        if not isinstance(chunk, dict) or choices is None or len(choices) > 1:
+            return self._unreadable("a chunk is not of one choice", raw)
         if not choices:
             self._usage = Usage.read(chunk.get("usage")) or self._usage
             if self._call.wants_usage:
-                self._tail.append(event.raw)
+                self._tail.append(raw)
             return []
         self._head = chunk
-        return self._choice(choices[0], chunk, event.raw)
+        return self._choice(choices[0], chunk, raw)
 
     def _choice(self, choice: Mapping[str, Any], chunk: Mapping[str, Any], raw: bytes) -> list[bytes]:
         index = choice["index"]
@@ -205,6 +219,20 @@ class StreamGuard:
     def _unreadable(self, detail: str, raw: bytes) -> list[bytes]:
         self._assessor.fail(GuardFailure("response_invalid", detail))
         return self._close(guard_unavailable()) if self._assessor.enforcing else [raw]
+
+
+def _passed_on(error: object) -> ApiError:
+    """The engine's error event as a plain answer."""
+    fields = error if isinstance(error, dict) else {}
+    code = fields.get("code")
+    status = code if type(code) is int and 400 <= code < 600 else 500
+    return ApiError(
+        status,
+        str(fields.get("message", "The model failed.")),
+        type=str(fields.get("type", "server_error")),
+        code=None if code is None else str(code),
+        param=None if fields.get("param") is None else str(fields["param"]),
+    )
 
 
 def _without_tokens(choice: Mapping[str, Any]) -> bool:

@@ -75,6 +75,10 @@ class Script:
     token_delay_s: float = 0.0
     keep_alive: bool = False
     garbage: bool = False
+    guard_down: bool = False
+    """The middleware cannot reach the workers."""
+    error_first: bool = False
+    """A stream begins with an error: no sequence was started."""
 
 
 class CutError(Exception):
@@ -114,6 +118,9 @@ class FakeEngine:
 
     async def _complete(self, request: Request, chat: bool) -> Response:
         body = await request.json()
+        if self.script.guard_down:
+            error = {"message": "the guard's workers do not answer", "type": "server_error", "param": None}
+            return JSONResponse({"error": {**error, "code": "guard_unavailable"}}, status_code=503)
         canary = request.headers.get("x-request-id", "").startswith("canary-")
         script = replace(Script(), fault=self.script.fault) if canary else self.script
         if not canary:
@@ -213,14 +220,14 @@ class Play:
         prompt = PROMPT_TOKENS * self.prompts
         return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
 
-    def evidence(self, final: bool) -> str | None:
-        """What the middleware says, before the first chunk or at the end."""
+    def evidence(self, final: bool, finished: frozenset[int] = frozenset()) -> str | None:
+        """What the middleware says, before the first chunk, when some choices have `finished`, or at the end."""
         fault = self.script.fault
-        if fault == "missing" or (fault == "no_final" and final):
+        if fault == "missing" or (fault == "no_final" and (final or finished)):
             return None
         if fault == "invalid":
             return '{"version": 1, "fingerprint": 3}'
-        records = tuple(self._record(index, final) for index in range(self.count))
+        records = tuple(self._record(index, final or index in finished) for index in range(self.count))
         if fault == "missing_record":
             records = records[1:]
         return Evidence(
@@ -304,8 +311,12 @@ class Play:
 
     async def events(self) -> AsyncIterator[bytes]:
         """A stream, event by event."""
+        if self.script.error_first:
+            yield _event(error_body(500)) + b"data: [DONE]\n\n"
+            return
         if (evidence := self.evidence(final=False)) is not None:
             yield f"{STREAM_PREFIX}{evidence}\n\n".encode()
+        finished: frozenset[int] = frozenset()
         for sent, event in enumerate(self.data_events()):
             if sent == self.script.cut_after:
                 # Let what was sent arrive before the connection breaks.
@@ -314,6 +325,10 @@ class Play:
             if self.script.keep_alive:
                 yield b": keep-alive\n\n"
             await asyncio.sleep(self.script.token_delay_s)
+            if b'"finish_reason":"' in event:
+                finished |= {json.loads(event[6:])["choices"][0]["index"]}
+                if (evidence := self.evidence(final=False, finished=finished)) is not None:
+                    yield f"{STREAM_PREFIX}{evidence}\n\n".encode()
             yield event
         if self.script.error_in_stream:
             yield _event(error_body(500))

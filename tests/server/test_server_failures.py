@@ -146,6 +146,27 @@ def test_an_error_of_the_engine_passes_as_it_is(engine: FakeEngine, enforce: Pro
     assert enforce.post(CHAT, chat_body(stream=stream)).status_code == 500
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_guard_that_does_not_answer_inside_the_engine_counts_as_a_guard_failure(
+    engine: FakeEngine, enforce: Proxy, stream: bool
+) -> None:
+    before = enforce.sample("undertow_requests_total", endpoint="chat_completions", outcome="guard_failed")
+    engine.script = Script(guard_down=True)
+    answer = enforce.post(CHAT, chat_body(stream=stream))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guard_unavailable")
+    assert enforce.sample("undertow_requests_total", endpoint="chat_completions", outcome="guard_failed") == before + 1
+
+
+@pytest.mark.parametrize("mode", ["enforce", "monitor"])
+def test_a_stream_that_begins_with_an_error_is_answered_with_that_error(
+    engine: FakeEngine, request: pytest.FixtureRequest, mode: str
+) -> None:
+    proxy: Proxy = request.getfixturevalue(mode)
+    engine.script = Script(error_first=True)
+    answer = proxy.post(CHAT, chat_body(stream=True))
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "Internal server error")
+
+
 @pytest.mark.parametrize("cut_after", [0, 1, 2, 4, 6])
 def test_an_engine_that_dies_mid_stream_leaves_a_well_formed_end(
     engine: FakeEngine, enforce: Proxy, cut_after: int
@@ -256,11 +277,13 @@ def test_a_client_that_leaves_before_its_stream_opens_cancels_the_engines_work(
     ],
     ids=["other bank", "too little data", "no guard", "workers differ", "no detector"],
 )
-def test_an_engine_that_does_not_fit_the_settings_is_not_ready_and_serves_nothing(
-    engine: FakeEngine, played: tuple[FakeEngine, Host], broken: Any, said: str
-) -> None:
+def test_an_engine_that_does_not_fit_the_settings_is_not_ready_and_serves_nothing(broken: Any, said: str) -> None:
+    engine = FakeEngine()
     engine.status = broken
-    with hosted(create_app(settings_for(played[1].url, fingerprint="f" * 16)), "on") as host:
+    with (
+        hosted(engine.app) as upstream,
+        hosted(create_app(settings_for(upstream.url, fingerprint="f" * 16)), "on") as host,
+    ):
         proxy = Proxy(host)
         answer = proxy.get("/readyz")
         assert answer.status_code == 503
@@ -270,11 +293,10 @@ def test_an_engine_that_does_not_fit_the_settings_is_not_ready_and_serves_nothin
         assert engine.bodies == [], "what could not be judged never reached the model"
 
 
-def test_monitor_passes_without_a_handshake_and_says_unguarded(
-    engine: FakeEngine, played: tuple[FakeEngine, Host]
-) -> None:
+def test_monitor_passes_without_a_handshake_and_says_unguarded() -> None:
+    engine = FakeEngine()
     engine.status = status(workers=0)
-    with hosted(create_app(settings_for(played[1].url, "monitor")), "on") as host:
+    with hosted(engine.app) as upstream, hosted(create_app(settings_for(upstream.url, "monitor")), "on") as host:
         answer = Proxy(host).post(CHAT, chat_body())
         assert (answer.status_code, answer.headers["x-undertow-action"]) == (200, "unguarded")
         assert Proxy(host).sample("undertow_guard_failures_total", kind="no_handshake", mode="monitor") == 1

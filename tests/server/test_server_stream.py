@@ -175,6 +175,22 @@ def test_a_block_that_only_the_final_evidence_names_still_blocks() -> None:
     assert not any(choice["finish_reason"] == "length" for choice in by_index(released)[0])
 
 
+def test_a_block_named_before_a_choice_ends_takes_back_its_newest_chunk() -> None:
+    call = one(n=2)
+    play = play_of(call, Script(blocked={0: 3}))
+    guard, _ = opened(call)
+    guard.feed(comment(play.evidence(final=False)))
+    chunks = [chunk for chunk in play.data_events() if b'"index":0' in chunk]
+    released = [part for chunk in chunks[:-1] for part in guard.feed(data(chunk))]
+    guard.feed(comment(play.evidence(final=False, finished=frozenset({0}))))
+    # As if the client's own stop string had ended it in the same step.
+    finish = json.loads(chunks[-1][6:])
+    finish["choices"][0]["stop_reason"] = "END"
+    released += guard.feed(data(b"data: " + json.dumps(finish).encode() + b"\n\n"))
+    assert PAYLOAD not in b"".join(released).decode()
+    assert by_index(released)[0][-1]["finish_reason"] == "content_filter"
+
+
 def test_a_chunk_of_a_choice_nobody_asked_for_ends_the_stream() -> None:
     call = one()
     play = play_of(one(n=2), Script())
