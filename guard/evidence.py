@@ -49,10 +49,10 @@ class ScoreEvidence(_Wire):
 class Record(_Wire):
     """One sequence: what of it was scored and what was decided."""
 
-    prompt_index: int = 0
-    choice_index: int = 0
-    prompt_tokens: int
-    tokens_scored: int
+    prompt_index: Annotated[int, Field(ge=0)] = 0
+    choice_index: Annotated[int, Field(ge=0)] = 0
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    tokens_scored: Annotated[int, Field(ge=0)]
     """Leading tokens of the sequence that have a score. A finished sequence of p prompt and c completion tokens needs
     p + c - 1: the last token sampled never enters the model."""
     mode: Mode

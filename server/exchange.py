@@ -78,6 +78,11 @@ class Exchange(Response):
         except (ClientGone, ClientDisconnect):
             if not reply.complete:
                 self._outcome = "client_gone"
+        except asyncio.CancelledError:
+            # The server is shutting down and has waited long enough.
+            if not reply.complete:
+                self._outcome = "client_gone"
+            raise
         except ApiError as error:
             self._outcome = "client_error"
             await reply.error(error)

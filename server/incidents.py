@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from math import isfinite
 
 from guard.evidence import Record, ScoreEvidence
 from guard.policy import Mode
@@ -28,8 +27,7 @@ def report(call: Call, request_id: str, record: Record) -> None:
         choice_index=record.choice_index,
         phase=record.phase,
         detector=record.detector,
-        # NaN is not JSON.
-        score=None if score is None else score.score if isfinite(score.score) else str(score.score),
+        score=score.score if score else None,
         threshold=score.threshold if score else None,
         p_value=score.p_value if score else None,
         layer=score.layer if score else None,

@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
 from server.settings import LogLevel
@@ -31,7 +32,12 @@ class JsonFormatter(logging.Formatter):
             line["at"] = [
                 f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(record.exc_info[2])
             ]
-        return json.dumps(line, default=str)
+        # A NaN score is not JSON.
+        plain = {
+            key: str(value) if isinstance(value, float) and not isfinite(value) else value
+            for key, value in line.items()
+        }
+        return json.dumps(plain, default=str, allow_nan=False)
 
 
 def configure(level: LogLevel) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from guard.evidence import Record, ScoreEvidence
 from guard.policy import Action, Mode
@@ -190,8 +191,8 @@ class Metrics:
                 metric.labels(*values)
 
     def expose(self) -> bytes:
-        """Prometheus text format 0.0.4."""
-        return generate_latest(self.registry)
+        """Prometheus text format 0.0.4, without the `_created` series: they would be metrics that nobody declared."""
+        return generate_latest(_Declared(self.registry))
 
     def requested(self, endpoint: EndpointLabel, outcome: Outcome) -> None:
         """A request ended."""
@@ -244,6 +245,18 @@ class Metrics:
             info.remove(self._version, self._fingerprint)
         info.labels(self._version, fingerprint).set(1)
         self._fingerprint = fingerprint
+
+
+class _Declared(Collector):
+    """A registry's families without the moments of their creation."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
 
 def exceedance(score: ScoreEvidence) -> float:

@@ -100,12 +100,10 @@ class Upstream:
 
         Of the client's headers only its Authorization goes along. Raises UpstreamError.
         """
-        headers = {
-            **self._authorized(authorization),
-            "content-type": "application/json",
-            "x-request-id": request_id,
-            REQUEST_HEADER: "1",
-        }
+        headers = self._authorized(authorization)
+        headers["content-type"] = "application/json"
+        headers["x-request-id"] = request_id
+        headers[REQUEST_HEADER] = "1"
         request = self._client.build_request(
             "POST", path, content=body, headers=headers, extensions={"trace": stopwatch.trace}
         )
@@ -118,9 +116,10 @@ class Upstream:
         finally:
             await response.aclose()
 
-    def _authorized(self, authorization: str | None) -> dict[str, str]:
+    def _authorized(self, authorization: str | None) -> httpx.Headers:
         value = f"Bearer {self._key}" if self._replaces_key else authorization
-        return {"authorization": value} if value else {}
+        # As the bytes came: a header need not be ASCII.
+        return httpx.Headers({"authorization": value} if value else {}, encoding="latin-1")
 
 
 def translate(error: httpx.HTTPError) -> UpstreamError:

@@ -13,7 +13,7 @@ from guard.policy import Mode, Policy
 from server.app import create_app
 from server.settings import Limits, Settings, UpstreamSettings
 
-from .fake_engine import FakeEngine, Script, status
+from .fake_engine import FakeEngine, Script
 from .hosting import Host, hosted
 
 KEY = "sk-canary-5b0c1f"
@@ -78,7 +78,6 @@ def played() -> Iterator[tuple[FakeEngine, Host]]:
 def engine(played: tuple[FakeEngine, Host]) -> FakeEngine:
     engine, _ = played
     engine.script = Script()
-    engine.status = status()
     engine.bodies.clear()
     engine.headers.clear()
     engine.aborted = 0

@@ -282,7 +282,7 @@ class Play:
             "choices": choices,
             "service_tier": None,
             "system_fingerprint": None,
-            "usage": {**self.usage(), "prompt_tokens_details": None},
+            "usage": {**self.usage(), "prompt_tokens_details": None, "completion_tokens_details": None},
         }
         if self.chat:
             head |= {"prompt_logprobs": None, "prompt_token_ids": None, "prompt_text": None}

@@ -323,6 +323,14 @@ def test_the_engine_gets_the_policy_and_the_reserved_token_and_the_clients_field
     assert not {"cookie", "x-forwarded-for"} & headers.keys()
 
 
+def test_an_authorization_that_is_not_ascii_reaches_the_engine_as_it_came(engine: FakeEngine, enforce: Proxy) -> None:
+    with httpx.Client(base_url=enforce.url, verify=False) as client:
+        headers = {b"authorization": b"Bearer caf\xe9"}
+        answer = client.post(CHAT, json=chat_body(), headers=headers)
+    assert answer.status_code == 200
+    assert engine.headers[-1]["authorization"] == "Bearer caf\xe9"
+
+
 @pytest.mark.parametrize("given", ["evil id", "http://10.0.0.1/", "a" * 65, "a_b"])
 def test_a_request_id_that_is_not_plain_is_replaced(engine: FakeEngine, enforce: Proxy, given: str) -> None:
     answer = enforce.post(CHAT, chat_body(), {"x-request-id": given})
