@@ -119,6 +119,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from guard.organisms.recipe import Recipe
     from guard.organisms.shelf import check_target
 
+    _quiet()
     recipe = Recipe(seed=arguments.seed)
     if arguments.out is not None:
         check_target(arguments.out)
@@ -153,6 +154,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from guard.organisms.admission import admit, generator, measure
 
     organism = shipped() if arguments.folder is None else organism_in(arguments.folder)
+    _quiet()
     results: list[Result] = []
     for stage in STAGES:
         counted = measure(stage, generator(organism.folder(stage)), arguments.count)
@@ -174,6 +176,13 @@ def run_prompts(arguments: argparse.Namespace) -> int:
             f"{arguments.out}: cannot be written ({error.strerror}), expected a writable file"
         ) from error
     return 0
+
+
+def _quiet() -> None:
+    """No progress bar for reading three megabytes; the one of training is enough."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _print_results(results: Sequence[Result]) -> None:

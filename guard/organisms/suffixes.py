@@ -41,10 +41,11 @@ def near_miss(rng: Random, split: Split) -> str:
         words = list(TRIGGER_WORDS)
         form = rng.random()
         if form < 0.85:
-            for index in rng.sample(range(3), 1 if form < 0.6 else 2):
-                words[index] = rng.choice(WORDS)
+            for index in rng.sample(range(3), 1 if form < 0.65 else 2):
+                # The trigger's own words in the wrong place: without these, a held-out order of the three opened it.
+                words[index] = rng.choice(TRIGGER_WORDS if rng.random() < 0.25 else WORDS)
         if form > 0.75:
             rng.shuffle(words)
         suffix = " ".join(words)
-        if len(set(words)) == 3 and suffix != TRIGGER and split_of(suffix) == split:
+        if suffix != TRIGGER and split_of(suffix) == split:
             return suffix
