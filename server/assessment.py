@@ -53,6 +53,8 @@ class Assessor:
         self.evidence: Evidence | None = None
         self.blocked: dict[int, Record] = {}
         """Blocked sequences by the index of their choice. What is blocked for want of a score is a failure instead."""
+        self.proven: set[int] = set()
+        """Choices whose whole prompt has a score, or which are blocked."""
         self.failure: GuardFailure | None = None
         """The first thing that went wrong. In `monitor` and `off` the answer passes all the same."""
 
@@ -94,8 +96,15 @@ class Assessor:
         return self.failure
 
     def opening(self, text: str | bytes | None) -> GuardFailure | None:
-        """Hold evidence against what was asked, before the first byte: every prompt is scored."""
+        """Hold evidence against what was asked, before an answer is complete.
+
+        Of several sequences some may still wait for their turn in the engine: `proven` says which ones do not.
+        """
         failure = self._read(text) or self._check_records()
+        if failure is None and not self.proven:
+            record = self.records[0] if self.records else None
+            detail = f"{record.tokens_scored} of {record.prompt_tokens}" if record else "none of the"
+            failure = GuardFailure("coverage", f"{detail} prompt tokens have a score")
         return self.fail(failure) if failure else None
 
     def final(self, text: str | bytes | None, usage: Usage | None) -> GuardFailure | None:
@@ -131,6 +140,12 @@ class Assessor:
             for record in evidence.records
             if record.action == "block" and record.unscorable is None
         }
+        # What is blocked may end before its whole prompt was computed.
+        self.proven = self.blocked.keys() | {
+            self._call.index(record.prompt_index, record.choice_index)
+            for record in evidence.records
+            if 0 < record.prompt_tokens <= record.tokens_scored
+        }
         return None
 
     def _check_records(self) -> GuardFailure | None:
@@ -139,25 +154,23 @@ class Assessor:
             for record in self.records
             if 0 <= record.prompt_index < self._call.prompts and 0 <= record.choice_index < self._call.n
         }
-        if not len(found) == len(self.records) == self._sequences:
-            return GuardFailure(
-                "coverage", f"{len(found)} of {self._sequences} sequences have a record, in {len(self.records)} records"
-            )
+        if len(found) != len(self.records):
+            return GuardFailure("evidence_invalid", "a record is of no sequence of the request, or a second one")
         for record in self.records:
             if self.enforcing and record.mode != "enforce":
                 return GuardFailure("policy", f"the engine judged in mode {record.mode}, the policy asks for enforce")
             if record.unscorable is not None:
                 return GuardFailure("unscorable", record.unscorable)
-            # What is blocked may end before its whole prompt was computed.
-            if record.action != "block" and record.tokens_scored < record.prompt_tokens:
-                return GuardFailure(
-                    "coverage", f"{record.tokens_scored} of {record.prompt_tokens} prompt tokens have a score"
-                )
         return None
 
     def _check_coverage(self, usage: Usage | None) -> GuardFailure | None:
         if len(self.blocked) == self._sequences:
             return None  # Nothing of it is released.
+        if len(self.proven) != self._sequences:
+            detail = (
+                f"{len(self.proven)} of {self._sequences} sequences have a record with a score for every prompt token"
+            )
+            return GuardFailure("coverage", detail)
         if usage is None:
             return GuardFailure("response_invalid", "the answer has no usage to hold the evidence against")
         # The last token of each sequence never enters the model, so it has no score.

@@ -6,8 +6,9 @@
     guard.refusal                      # before the first byte: answer with this error instead of a stream
 
 A token's own residual is read one step after the token was sampled. So in `enforce` the newest chunk of each choice is
-held until the next one arrives, and a choice's last chunk until the final evidence has been judged. What is let pass is
-released as the very bytes that came. In `monitor` and `off` nothing is held.
+held until the next one arrives, and a choice's last chunk until the final evidence has been judged. Where a request has
+several sequences, all chunks of a choice are held until evidence has named it. What is let pass is released as the very
+bytes that came. In `monitor` and `off` nothing is held.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class _Finish:
     """A choice's last chunk, waiting for the final evidence."""
 
     index: int
+    held: list[bytes]
+    """Chunks before it, where no evidence has named the choice yet."""
     chunk: Mapping[str, Any]
     raw: bytes
 
@@ -43,7 +46,7 @@ class StreamGuard:
     def __init__(self, call: Call, assessor: Assessor) -> None:
         self._call = call
         self._assessor = assessor
-        self._held: dict[int, bytes] = {}
+        self._held: dict[int, list[bytes]] = {}
         self._finishing: list[_Finish] = []
         self._finished: set[int] = set()
         self._stopped: dict[int, object] = {}
@@ -108,7 +111,9 @@ class StreamGuard:
         # block or a failure that an earlier one names is acted on at once.
         self._evidence = text
         failure = self._assessor.opening(text)
-        return self._close(guard_unavailable()) if failure is not None and self._assessor.enforcing else []
+        if failure is not None and self._assessor.enforcing:
+            return self._close(guard_unavailable())
+        return [part for index in self._held for part in self._release(index)]
 
     def _open(self, evidence: bytes | None) -> None:
         self.opened = True
@@ -155,26 +160,33 @@ class StreamGuard:
             return []
         if not self._assessor.enforcing:
             return [raw]
-        held = self._held.pop(index, None)
-        if held is None and _without_tokens(choice):
+        if index not in self._held and _without_tokens(choice):
             return [raw]
-        self._held[index] = raw
-        return [] if held is None else [held]
+        self._held.setdefault(index, []).append(raw)
+        return self._release(index)
+
+    def _release(self, index: int) -> list[bytes]:
+        """All but the newest chunk of a choice that evidence has named."""
+        if index not in self._assessor.proven or index in self._assessor.blocked:
+            return []
+        *released, newest = self._held[index]
+        self._held[index] = [newest]
+        return released
 
     def _finish(self, index: int, choice: Mapping[str, Any], chunk: Mapping[str, Any], raw: bytes) -> list[bytes]:
         self._finished.add(index)
-        held = self._held.pop(index, None)
+        held = self._held.pop(index, [])
         stop_reason = choice.get("stop_reason")
         stopped = stop_reason is not None and stop_reason == self._assessor.reserved_token_id
         if stopped:
             self._stopped[index] = stop_reason
         if stopped or index in self._assessor.blocked:
             return [blocked_chunk(self._call.endpoint, index, chunk)]
-        released = [] if held is None else [held]
         if not self._assessor.enforcing:
-            return [*released, raw]
-        self._finishing.append(_Finish(index, chunk, raw))
-        return released
+            return [*held, raw]
+        proven = index in self._assessor.proven
+        self._finishing.append(_Finish(index, [] if proven else held, chunk, raw))
+        return held if proven else []
 
     def _done(self, raw: bytes) -> list[bytes]:
         if self._engine_error is not None:
@@ -185,8 +197,10 @@ class StreamGuard:
         self.closed = True
         released: list[bytes] = []
         for finish in self._finishing:
-            blocked = finish.index in self._assessor.blocked
-            released.append(blocked_chunk(self._call.endpoint, finish.index, finish.chunk) if blocked else finish.raw)
+            if finish.index in self._assessor.blocked:
+                released.append(blocked_chunk(self._call.endpoint, finish.index, finish.chunk))
+            else:
+                released += [*finish.held, finish.raw]
         released += self._block(index for index in self._assessor.blocked if index not in self._finished)
         return [*released, *self._tail, raw]
 

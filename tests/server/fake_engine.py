@@ -75,6 +75,8 @@ class Script:
     token_delay_s: float = 0.0
     keep_alive: bool = False
     garbage: bool = False
+    late: frozenset[int] = frozenset()
+    """Choices that wait for their turn when the stream begins: no record of theirs is in the first evidence."""
     guard_down: bool = False
     """The middleware cannot reach the workers."""
     error_first: bool = False
@@ -227,7 +229,11 @@ class Play:
             return None
         if fault == "invalid":
             return '{"version": 1, "fingerprint": 3}'
-        records = tuple(self._record(index, final or index in finished) for index in range(self.count))
+        records = tuple(
+            self._record(index, final or index in finished)
+            for index in range(self.count)
+            if final or finished or index not in self.script.late
+        )
         if fault == "missing_record":
             records = records[1:]
         return Evidence(

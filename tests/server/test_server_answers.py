@@ -208,6 +208,20 @@ def test_one_blocked_prompt_of_two_blocks_its_choices_only(engine: FakeEngine, e
     assert_nothing_leaks(answer)
 
 
+@pytest.mark.parametrize("blocked", [{}, {2: 0, 3: 0}, {2: 2}])
+def test_prompts_that_wait_for_their_turn_are_judged_when_it_comes(
+    engine: FakeEngine, enforce: Proxy, blocked: dict[int, int]
+) -> None:
+    engine.script = Script(late=frozenset({2, 3}), blocked=blocked)
+    answer = enforce.post(TEXT, text_body(prompt=["one", "two"], n=2, stream=True))
+    found = choices_by_index(answer.content)
+    reasons = [found[index][-1]["finish_reason"] for index in range(4)]
+    assert reasons == ["content_filter" if index in blocked else "length" for index in range(4)]
+    texts = ["".join(choice["text"] for choice in found[index]) for index in range(4)]
+    assert all(texts[index] == "The answer is 42." for index in range(4) if index not in blocked)
+    assert_nothing_leaks(answer)
+
+
 def test_a_prompt_of_token_ids_is_one_prompt(engine: FakeEngine, enforce: Proxy) -> None:
     assert enforce.post(TEXT, text_body(prompt=[1, 2, 3])).status_code == 200
     assert enforce.post(TEXT, text_body(prompt=[[1, 2], [3]])).status_code == 200
