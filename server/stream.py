@@ -90,10 +90,6 @@ class StreamGuard:
         self.broken = True
         return self._close(upstream_cut())
 
-    def abort(self, error: ApiError) -> list[bytes]:
-        """End the stream with an error that did not come from the engine. What is held stays held."""
-        return [] if self.closed else self._close(error)
-
     def _close(self, error: ApiError) -> list[bytes]:
         self.closed = True
         self._held.clear()
