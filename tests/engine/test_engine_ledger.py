@@ -1,0 +1,339 @@
+"""What the ledger knows of a sequence: whose it is, how far it was scored, what was decided; and what it forgets."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from guard.engine import ledger as ledger_module
+from guard.engine.ledger import Identity, Ledger
+from guard.engine.runner_v1 import Rows
+from guard.evidence import Record
+from guard.policy import Mode, Policy
+from tests.guard.planted import EVERY, a_score, calibration
+
+KEY = "0123456789abcdef" * 2
+SEQUENCE = f"chatcmpl-{KEY}-0a1b2c3d"
+STOP = 7
+
+
+def policy(mode: Mode = "enforce", action: str = "block", detector: str = "density", **threshold: float) -> Policy:
+    return Policy.model_validate(
+        {"mode": mode, "detections": {detector: {"action": action, "threshold": threshold or {"raw": 10.0}}}}
+    )
+
+
+def ledger(default: Policy | None = None) -> Ledger:
+    return Ledger(calibration(), default)
+
+
+def admitted(some: Policy | None = None, default: Policy | None = None) -> Ledger:
+    """A ledger with one sequence in it."""
+    book = ledger(default)
+    book.admit(SEQUENCE, None if some is None else some.to_wire(), STOP)
+    return book
+
+
+def record(book: Ledger) -> Record:
+    (only,) = book.records(KEY)
+    return only
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sequence", "identity"),
+    [
+        (f"chatcmpl-{KEY}-0a1b2c3d", Identity(KEY)),
+        (f"chatcmpl-{KEY}-12345678", Identity(KEY)),
+        (f"3_chatcmpl-{KEY}-0a1b2c3d", Identity(KEY, 0, 3)),
+        (f"cmpl-{KEY}-0-0a1b2c3d", Identity(KEY)),
+        (f"cmpl-{KEY}-12-0a1b2c3d", Identity(KEY, 12)),
+        (f"cmpl-{KEY}-12-12345678", Identity(KEY, 12)),
+        (f"10_cmpl-{KEY}-2-0a1b2c3d", Identity(KEY, 2, 10)),
+        ("12-abcdef01", Identity("12")),
+        ("1_12-abcdef01", Identity("12", 0, 1)),
+    ],
+)
+def test_an_id_of_vllm_names_request_prompt_and_choice(sequence: str, identity: Identity) -> None:
+    assert Identity.of(sequence) == identity
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        "",
+        "anything",
+        f"chatcmpl-{KEY}",
+        f"chatcmpl-{KEY}-short",
+        f"chatcmpl-{KEY[:-1]}-0a1b2c3d",
+        f"chatcmpl-{KEY.upper()}-0a1b2c3d",
+        f"x_chatcmpl-{KEY}-0a1b2c3d",
+        f"chatcmpl-{KEY}-0a1b2c3d\n",
+        f"other-{KEY}-0a1b2c3d",
+    ],
+)
+def test_a_foreign_id_is_its_own_key(sequence: str) -> None:
+    assert Identity.of(sequence) == Identity(sequence)
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_score_over_steps_is_kept_and_judged() -> None:
+    book = admitted(policy(raw=100.0))
+    for value in (3.0, 8.5, 5.0):
+        book.score(SEQUENCE, [a_score(value), a_score(value / 1000, "exceedance", "completion")])
+    density, exceedance = record(book).scores
+    assert (density.score, density.threshold, density.p_value) == (8.5, 100.0, (1 + 91) / 100)
+    assert (density.position, density.layer, density.direction) == (3, 4, None)
+    # The policy names no exceedance; it is still told, against the calibration's own rate.
+    assert (exceedance.score, exceedance.phase) == (0.0085, "completion")
+    assert exceedance.threshold == pytest.approx(0.95)
+    assert record(book).action == "allow"
+
+
+@pytest.mark.parametrize(("value", "action"), [(10.0, "allow"), (10.01, "block")])
+def test_a_score_above_the_threshold_blocks_and_one_at_it_does_not(value: float, action: str) -> None:
+    book = admitted(policy(raw=10.0))
+    book.score(SEQUENCE, [a_score(value)])
+    assert record(book).action == action
+    assert book.stops([SEQUENCE]) == ({SEQUENCE: STOP} if action == "block" else {})
+
+
+def test_each_phase_has_its_own_threshold() -> None:
+    book = admitted(policy(fpr=0.1))
+    book.score(SEQUENCE, [a_score(95.0)])
+    assert record(book).action == "allow"
+    book.score(SEQUENCE, [a_score(95.5, phase="completion")])
+    assert (record(book).action, record(book).phase, record(book).detector) == ("block", "completion", "density")
+
+
+def test_one_who_names_no_policy_is_judged_by_the_engines_or_at_the_calibrations_rate() -> None:
+    for default, threshold in ((None, 95.0), (policy(fpr=0.5), 75.0), (policy(raw=2.0), 2.0)):
+        book = ledger(default)
+        book.admit(SEQUENCE, None, STOP)
+        book.score(SEQUENCE, [a_score(1.0)])
+        assert record(book).scores[0].threshold == threshold
+        assert record(book).mode == "enforce"
+
+
+def test_a_sequence_once_blocked_stays_blocked_for_its_first_reason() -> None:
+    book = admitted(policy(raw=10.0))
+    book.score(SEQUENCE, [a_score(11.0)])
+    first = record(book)
+    book.score(SEQUENCE, [a_score(50.0, phase="completion"), a_score(math.nan)])
+    book.fail(SEQUENCE, "late")
+    book.score(SEQUENCE, [a_score(0.0)])
+    assert (record(book).action, record(book).reason, record(book).phase) == ("block", first.reason, "prompt")
+    assert "density in the prompt" in first.reason
+    assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
+    # What came later is told all the same.
+    assert record(book).unscorable is not None
+    assert [score.score for score in record(book).scores] == [11.0, 50.0]
+
+
+def test_an_unscorable_sequence_stays_blocked_whatever_its_scores() -> None:
+    book = admitted(policy(raw=10.0))
+    book.fail(SEQUENCE, "layer 3 did not run")
+    book.score(SEQUENCE, [a_score(50.0)])
+    assert record(book).reason == "unscorable: layer 3 did not run"
+    assert record(book).unscorable == "layer 3 did not run"
+    assert record(book).action == "block"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("first", [None, 5.0])
+@pytest.mark.parametrize("detector", ["density", "exceedance"])
+def test_a_score_that_is_not_finite_makes_the_sequence_unscorable(
+    value: float, first: float | None, detector: str
+) -> None:
+    book = admitted(policy(raw=1e9))
+    if first is not None:
+        book.score(SEQUENCE, [a_score(first)])
+    book.score(SEQUENCE, [a_score(value, "density" if detector == "density" else "exceedance")])
+    assert record(book).action == "block"
+    assert "token 3" in (record(book).unscorable or "")
+    assert book.unscorable == 1
+
+
+def test_monitor_flags_and_stops_nothing() -> None:
+    for act in (lambda book: book.score(SEQUENCE, [a_score(11.0)]), lambda book: book.fail(SEQUENCE, "x")):
+        book = admitted(policy("monitor", raw=10.0))
+        act(book)
+        assert record(book).action == "flag"
+        assert book.stops([SEQUENCE]) == {}
+
+
+def test_off_scores_and_says_nothing() -> None:
+    book = admitted(policy("off", raw=10.0))
+    book.score(SEQUENCE, [a_score(11.0)])
+    book.fail(SEQUENCE, "x")
+    assert (record(book).action, record(book).reason) == ("allow", "")
+    assert record(book).scores[0].score == 11.0
+
+
+def test_one_sequences_scores_touch_no_other() -> None:
+    book = admitted(policy(raw=10.0))
+    book.admit("other", policy(raw=10.0).to_wire(), STOP + 1)
+    book.score("other", [a_score(11.0)])
+    assert book.stops([SEQUENCE, "other"]) == {"other": STOP + 1}
+    assert record(book).action == "allow"
+
+
+# -- coverage ---------------------------------------------------------------------------------------------------------
+
+
+def cover(book: Ledger, *chunks: tuple[int, int]) -> Record:
+    for first, count in chunks:
+        book.cover(Rows(SEQUENCE, 0, count, first, 8, True))
+    return record(book)
+
+
+def test_chunks_that_follow_each_other_are_covered() -> None:
+    book = admitted()
+    assert cover(book, (0, 3), (3, 5), (8, 1), (9, 1)).tokens_scored == 10
+    assert record(book).prompt_tokens == 8
+    assert record(book).unscorable is None
+    assert book.tokens_scored == 10
+
+
+def test_tokens_computed_again_after_preemption_count_once() -> None:
+    book = admitted()
+    assert cover(book, (0, 8), (8, 1), (0, 4), (4, 7)).tokens_scored == 11
+    assert record(book).unscorable is None
+    assert book.tokens_scored == 11
+    assert cover(book, (2, 3)).tokens_scored == 11
+
+
+@pytest.mark.parametrize("chunks", [[(1, 4)], [(0, 3), (4, 2)], [(0, 3), (4, 2), (3, 5)]])
+def test_a_token_that_was_passed_over_makes_the_sequence_unscorable_for_good(chunks: list[tuple[int, int]]) -> None:
+    book = admitted()
+    got = cover(book, *chunks)
+    assert "were never computed here" in (got.unscorable or "")
+    assert got.action == "block"
+    assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
+    assert book.unscorable == 1
+
+
+def test_a_gap_is_named_and_what_follows_it_does_not_count() -> None:
+    book = admitted()
+    assert cover(book, (0, 3), (5, 2)).unscorable == "tokens 3 to 4 were never computed here"
+    assert cover(book, (7, 1)).tokens_scored == 3
+
+
+# -- policies that cannot be used -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("default", [None, policy("monitor"), policy("off")])
+@pytest.mark.parametrize("sent", ["", "{", '{"mode": "canary"}', "\ud800", ["canary"], {"mode": "off"}, 5, True])
+def test_a_policy_that_cannot_be_read_blocks_whatever_the_engines_own_says(
+    default: Policy | None, sent: object
+) -> None:
+    book = ledger(default)
+    book.admit(SEQUENCE, sent, STOP)
+    assert record(book).action == "block"
+    assert record(book).mode == "enforce"
+    assert "not valid" in (record(book).unscorable or "")
+    assert "canary" not in record(book).model_dump_json()
+    assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
+    book.score(SEQUENCE, [a_score(0.0)])
+    assert record(book).action == "block"
+
+
+@pytest.mark.parametrize(("mode", "action"), [("enforce", "block"), ("monitor", "flag"), ("off", "allow")])
+@pytest.mark.parametrize("default", [None, policy("monitor"), policy("off")])
+def test_a_rate_that_the_calibration_cannot_keep_is_unscorable_under_the_policy_that_asked(
+    mode: Mode, action: str, default: Policy | None
+) -> None:
+    book = admitted(policy(mode, fpr=0.001), default)
+    assert (record(book).mode, record(book).action) == (mode, action)
+    assert "needs 1999 held-out clean requests" in (record(book).unscorable or "")
+
+
+def test_one_bad_policy_hurts_no_other_request() -> None:
+    book = ledger()
+    book.admit("bad", "{", STOP)
+    book.admit("bad too", "{", STOP)
+    book.admit(SEQUENCE, policy().to_wire(), STOP)
+    assert record(book).action == "allow"
+    assert (book.requests_judged, book.unscorable) == (3, 2)
+
+
+def test_a_draft_without_held_out_scores_judges_by_raw_thresholds_alone() -> None:
+    raw = {"action": "flag", "threshold": {"raw": 1e30}}
+    both = {"mode": "monitor", "detections": {"density": raw, "exceedance": raw}}
+    book = Ledger(replace(calibration(), clean=dict.fromkeys(EVERY, ())), None)
+    book.admit(SEQUENCE, json.dumps(both), STOP)
+    book.score(SEQUENCE, [a_score(4.0), a_score(0.5, "exceedance")])
+    assert [score.score for score in record(book).scores] == [4.0, 0.5]
+    assert {score.p_value for score in record(book).scores} == {1.0}
+    assert record(book).unscorable is None
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(ledger_module, "KEPT", 3)
+    return 3
+
+
+def key(number: int) -> str:
+    return f"{number:032x}"
+
+
+def remembered(book: Ledger, numbers: range) -> list[int]:
+    return [number for number in numbers if book.records(key(number))]
+
+
+def test_the_last_finished_requests_are_remembered_and_older_ones_forgotten(kept: int) -> None:
+    book = ledger()
+    for number in range(10):
+        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, STOP)
+        book.finish([f"chatcmpl-{key(number)}-0a1b2c3d"])
+        assert len(remembered(book, range(10))) == min(number + 1, kept)
+    assert remembered(book, range(10)) == [7, 8, 9]
+
+
+def test_a_running_request_is_never_forgotten(kept: int) -> None:
+    book = ledger()
+    for number in range(10):
+        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, STOP)
+    book.finish(f"chatcmpl-{key(number)}-0a1b2c3d" for number in range(1, 9))
+    assert remembered(book, range(10)) == [0, 6, 7, 8, 9]
+    book.finish([f"chatcmpl-{key(0)}-0a1b2c3d"])
+    assert remembered(book, range(10)) == [0, 7, 8, 9]
+
+
+def test_requests_of_many_choices_do_not_stretch_the_memory(kept: int) -> None:
+    book = ledger()
+    for choice in range(20):
+        book.admit(f"{choice}_chatcmpl-{key(99)}-0a1b2c3d", None, STOP)
+    for number in range(10):
+        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, STOP)
+        book.finish([f"chatcmpl-{key(number)}-0a1b2c3d"])
+    assert remembered(book, range(10)) == [7, 8, 9]
+    # Finished choices of a request stay with it as long as one of them runs.
+    book.finish(f"{choice}_chatcmpl-{key(99)}-0a1b2c3d" for choice in range(19))
+    assert len(book.records(key(99))) == 20
+
+
+def test_finishing_what_is_unknown_does_nothing() -> None:
+    book = admitted()
+    book.finish(["never seen"])
+    assert len(book.records(KEY)) == 1
+    assert book.records("never seen") == []
+
+
+def test_records_are_sorted_by_prompt_then_choice() -> None:
+    book = ledger()
+    order = [(1, 10), (0, 2), (1, 9), (0, 10), (0, 0)]
+    for prompt, choice in order:
+        book.admit(f"{choice}_cmpl-{KEY}-{prompt}-0a1b2c3d", None, STOP)
+    assert [(one.prompt_index, one.choice_index) for one in book.records(KEY)] == sorted(order)
