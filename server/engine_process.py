@@ -114,7 +114,7 @@ class EngineProcess:
     def _failure(self) -> UndertowError:
         """Why it ended, in the guard's own words where it was the guard that refused."""
         text = self._log.read_text(errors="replace")
-        told = re.findall(r"guard\.errors\.(\w+): (.+(?:\n  - .+)*)", text)
+        told = re.findall(r"guard\.errors\.(\w+): (.+)", text)
         if told:
             name, message = told[0]
             kind = getattr(guard.errors, name, EngineError)

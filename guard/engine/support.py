@@ -16,16 +16,8 @@ def check_version() -> None:
     """Raise UnsupportedEngineError unless this vLLM is one that the guard knows."""
     problems = list(_version())
     if problems:
-        raise UnsupportedEngineError(problems[0])
-
-
-def check_support(config: VllmConfig) -> None:
-    """Raise UnsupportedEngineError, naming everything at once, unless every token of this engine can be scored."""
-    problems = [*_version(), *_features(config)]
-    if problems:
-        raise UnsupportedEngineError(
-            "the guard cannot score every token of this engine:\n  - " + "\n  - ".join(problems)
-        )
+        # One line: whoever started the engine reads it out of vLLM's log.
+        raise UnsupportedEngineError(f"the guard cannot score every token of this engine: {'; '.join(problems)}")
 
 
 def _version() -> Iterator[str]:

@@ -28,6 +28,8 @@ CALIBRATION_PROMPTS = 3000
 """Half are references, half give thresholds; 1,500 held out support a false-positive rate of 0.13%."""
 ENGINE_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")
 """Small and quick to start; float32 as it is calibrated."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+"""For us and our children. Matrices as small as the organism's are slower on two threads than on one."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     from guard.organisms import shipped
     from server.engine_process import EngineProcess
 
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     organism = shipped()
     step("1/4", f"the demo organism: three small Llamas in {organism.base.parent}")
     folder = cache_folder(organism)
@@ -121,8 +125,7 @@ def undertow(*arguments: object) -> None:
     """Run one of our own commands as a user would, in a process of its own that gives its memory back."""
     words = [str(argument) for argument in arguments]
     print(f"      $ undertow {' '.join(words)}", file=sys.stderr, flush=True)
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
-    finished = subprocess.run([sys.executable, "-m", "server.cli", *words], env=environment, check=False)
+    finished = subprocess.run([sys.executable, "-m", "server.cli", *words], check=False)
     if finished.returncode != 0:
         raise EngineError(f"`undertow {' '.join(words)}` ended with code {finished.returncode}")
 

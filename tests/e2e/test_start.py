@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from guard.errors import EngineError
 from guard.fingerprint import read_header
 from guard.organisms import Organism
+from server.engine_process import EngineProcess
 from tests.e2e import child
+from tests.e2e.conftest import ENGINE_ARGUMENTS, free_port
 
 
 def test_another_models_bank_is_refused_naming_both_weights(
@@ -47,11 +50,10 @@ def test_a_layer_without_its_hook_is_noticed_before_serving(
     ("option", "named"),
     [
         ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
-        ({"async_scheduling": True}, "--no-async-scheduling"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
         ({"enable_lora": True}, "LoRA"),
     ],
-    ids=["prefix-caching", "async-scheduling", "speculation", "lora"],
+    ids=["prefix-caching", "speculation", "lora"],
 )
 def test_a_feature_that_cannot_be_scored_is_refused_by_name(
     organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any], option: dict[str, Any], named: str
@@ -59,3 +61,23 @@ def test_a_feature_that_cannot_be_scored_is_refused_by_name(
     kind, message = in_child(child.start_error, organism.backdoored, bank, calibration, **option)
     assert kind == "UnsupportedEngineError"
     assert named in message
+
+
+def test_a_served_engine_that_is_refused_says_so_to_whoever_started_it(
+    organism: Organism, bank: Path, calibration: Path, workshop: Path
+) -> None:
+    """Asynchronous scheduling is vLLM's default, and one process alone never has it."""
+    with EngineProcess(
+        organism.backdoored,
+        bank,
+        read_header(bank).fingerprint,
+        calibration,
+        port=free_port(),
+        log=workshop / "refused.log",
+        extra=(*ENGINE_ARGUMENTS, "--async-scheduling", "--enable-prefix-caching"),
+    ) as engine:
+        with pytest.raises(EngineError) as caught:
+            engine.wait_until_up()
+        assert "--no-async-scheduling" in str(caught.value)
+        assert "--no-enable-prefix-caching" in str(caught.value)
+    assert engine.returncode is not None
