@@ -16,6 +16,13 @@ def check_version() -> None:
     """Raise UnsupportedEngineError unless this vLLM is one that the guard knows."""
     problems = list(_version())
     if problems:
+        raise UnsupportedEngineError(problems[0])
+
+
+def check_support(config: VllmConfig) -> None:
+    """Raise UnsupportedEngineError, naming everything at once, unless every token of this engine can be scored."""
+    problems = [*_version(), *_features(config)]
+    if problems:
         # One line: whoever started the engine reads it out of vLLM's log.
         raise UnsupportedEngineError(f"the guard cannot score every token of this engine: {'; '.join(problems)}")
 
