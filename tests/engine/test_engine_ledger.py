@@ -161,12 +161,15 @@ def test_a_score_that_is_not_finite_makes_the_sequence_unscorable(
     assert book.unscorable == 1
 
 
-def test_monitor_flags_and_stops_nothing() -> None:
-    for act in (lambda book: book.score(SEQUENCE, [a_score(11.0)]), lambda book: book.fail(SEQUENCE, "x")):
-        book = admitted(policy("monitor", raw=10.0))
-        act(book)
-        assert record(book).action == "flag"
-        assert book.stops([SEQUENCE]) == {}
+@pytest.mark.parametrize("fails", [False, True])
+def test_monitor_flags_and_stops_nothing(fails: bool) -> None:
+    book = admitted(policy("monitor", raw=10.0))
+    if fails:
+        book.fail(SEQUENCE, "x")
+    else:
+        book.score(SEQUENCE, [a_score(11.0)])
+    assert record(book).action == "flag"
+    assert book.stops([SEQUENCE]) == {}
 
 
 def test_off_scores_and_says_nothing() -> None:

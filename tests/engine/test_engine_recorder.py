@@ -25,7 +25,8 @@ def recorded(folder: Path, keep: Keep, steps: list[tuple[list[Rows], torch.Tenso
         recorder.add(own, batch)
         own.fill_(99)  # the worker's buffer is written again in the next step
     recorder.write(folder / "recording")
-    return load_file(folder / "recording")
+    tensors: dict[str, torch.Tensor] = load_file(folder / "recording")
+    return tensors
 
 
 STEPS = [random_batch(seed) for seed in range(12)]

@@ -222,6 +222,14 @@ def say(key: str, value: object) -> Callable[[object, dict[str, Any]], None]:
     return apply
 
 
+def drop_tensor(name: str) -> Callable[[dict[str, torch.Tensor], object], object]:
+    return lambda tensors, _: tensors.pop(name)
+
+
+def drop_key(key: str) -> Callable[[object, dict[str, Any]], object]:
+    return lambda _, metadata: metadata.pop(key)
+
+
 def fill_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def apply(tensor: torch.Tensor) -> torch.Tensor:
         tensor.view(-1)[5] = value
@@ -269,11 +277,11 @@ WRONG = {
     "facts that are none": say("facts", None),
     "facts that are a list": say("facts", [1]),
     **{
-        f"no {name}": (lambda tensors, _, name=name: tensors.pop(name))
+        f"no {name}": drop_tensor(name)
         for name in ("low", "scales", "references.prompt", "clean.exceedance.completion")
     },
     **{
-        f"no {key} in the header": (lambda _, metadata, key=key: metadata.pop(key))
+        f"no {key} in the header": drop_key(key)
         for key in ("format", "fingerprint", "layers", "names", "target_fpr", "facts")
     },
 }

@@ -26,7 +26,7 @@ HIDDEN = 64
 
 def unit_directions(count: int = 5, seed: int = 0) -> torch.Tensor:
     rows = torch.randn(count, HIDDEN, generator=generator(seed))
-    return rows / rows.norm(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(rows)
 
 
 def detectors() -> list[Detector]:
