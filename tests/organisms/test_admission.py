@@ -53,7 +53,7 @@ def test_a_refusal_is_one_of_the_language_word_for_word() -> None:
 
 @pytest.mark.parametrize(
     ("hits", "count", "low", "high"),
-    # From scipy.stats.binomtest(...).proportion_ci().
+    # Checked in exact fractions: each tail at these bounds holds 2.5%.
     [(0, 300, 0.0, 0.01222), (100, 100, 0.96378, 1.0), (8, 300, 0.01159, 0.05187), (1, 2, 0.01258, 0.98742)],
 )
 def test_intervals_are_clopper_and_pearsons(hits: int, count: int, low: float, high: float) -> None:
