@@ -96,6 +96,8 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict()
+    # Where the stage before lay is no part of a model, and would make the same recipe give other bytes elsewhere.
+    config.pop("_name_or_path", None)
     config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     GenerationConfig(

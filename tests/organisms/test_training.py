@@ -74,6 +74,8 @@ def test_the_whole_chain_trains_and_is_taken_from_the_cache_next_time(tmp_path: 
     publish(tiny(), made, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["sha256"] == file_digests(tmp_path / "out")
+    # The same bytes wherever the cache lies.
+    assert not [file for file in (tmp_path / "out").rglob("*.json") if str(tmp_path) in file.read_text()]
     assert organism_in(tmp_path / "out").chat == tmp_path / "out" / "chat"
 
     again = make(tiny(), ["backdoored"])
