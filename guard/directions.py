@@ -40,18 +40,22 @@ from guard.svd import Spectrum, empty_spectrum, numerical_rank, truncated_svd
 
 METHOD = "delta-svd"
 DEFAULT_K = 20
+"""WeightWatch's choice for models 4,096 wide: 20 + 20 directions are 1% of the residual stream."""
+MOST_OF_WIDTH = 20
+"""A matrix gives at most one direction for so many dimensions. Where the directions of a narrow model fill a third of
+its space, ordinary clean variation is most of what they see; see docs/decisions/0003-density.md."""
 
 
-def build_bank(base: StrPath, tuned: StrPath, k: int = DEFAULT_K, *, seed: int = 0, progress: bool = False) -> Bank:
+def build_bank(base: StrPath, tuned: StrPath, k: int | None = None, *, seed: int = 0, progress: bool = False) -> Bank:
     """The bank of what turned the model folder `base` into `tuned`.
 
-    `k`: directions per matrix, at most. `seed`: of the randomised decomposition. `progress`: bars on stderr.
-    Raises CheckpointError, naming the file or tensor, when a folder cannot be read, the two do not have the same
+    `k`: directions per matrix, at most; None takes `default_k`. `seed`: of the randomised decomposition. `progress`:
+    bars on stderr. Raises CheckpointError, naming the file or tensor, when a folder cannot be read, the two do not have the same
     class, sizes and shapes, a matrix holds NaN or infinity, or the residual-writing matrices did not change.
     """
-    _check_k(k)
     before, after = open_model(base), open_model(tuned)
     check_pair(before, after)
+    k = default_k(before.model.hidden_size) if k is None else _checked_k(k)
     sites = writing_sites(before)
     for site in sites:
         check_site(site, before, after)
@@ -78,7 +82,7 @@ def build_bank(base: StrPath, tuned: StrPath, k: int = DEFAULT_K, *, seed: int =
 
 
 def build_adapter_bank(
-    base: StrPath, adapter: StrPath, k: int = DEFAULT_K, *, seed: int = 0, progress: bool = False
+    base: StrPath, adapter: StrPath, k: int | None = None, *, seed: int = 0, progress: bool = False
 ) -> Bank:
     """The bank of a PEFT LoRA `adapter` for the model folder `base`, from the adapter's factors; nothing is merged.
 
@@ -87,8 +91,8 @@ def build_adapter_bank(
     Raises CheckpointError as `build_bank` does, and for adapters whose delta is not these factors alone.
     """
     del seed
-    _check_k(k)
     before = open_model(base)
+    k = default_k(before.model.hidden_size) if k is None else _checked_k(k)
     lora = Adapter.open(adapter, before.weights)
     sites = writing_sites(before)
     for site in sites:
@@ -114,9 +118,15 @@ def build_adapter_bank(
     return _sealed(before.model, k, base_digest, lora.digest_on(base_digest), layers)
 
 
-def _check_k(k: int) -> None:
+def default_k(hidden_size: int) -> int:
+    """How many directions per matrix, at most, for a residual stream this wide: 20, and fewer below 400 dimensions."""
+    return max(1, min(DEFAULT_K, hidden_size // MOST_OF_WIDTH))
+
+
+def _checked_k(k: int) -> int:
     if k < 1:
         raise BankError(f"k: {k}, expected at least 1 direction per matrix")
+    return k
 
 
 def _factored_svd(left: torch.Tensor, right: torch.Tensor) -> Spectrum:

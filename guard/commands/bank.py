@@ -46,7 +46,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     after.add_argument("--tuned", metavar="DIR", help="model folder after fine-tuning")
     after.add_argument("--adapter", metavar="DIR", help="PEFT LoRA adapter folder; read from its factors, never merged")
     build.add_argument("--out", required=True, type=Path, metavar="FILE", help="bank file to write (safetensors)")
-    build.add_argument("--k", type=_positive, default=20, help="directions per matrix, at most (default: 20)")
+    build.add_argument(
+        "--k",
+        type=_positive,
+        metavar="N",
+        help="directions per matrix, at most (default: 20, or a twentieth of the model's width where that is fewer)",
+    )
     build.add_argument("--seed", type=int, default=0, help="of the randomised decomposition (default: 0)")
     build.set_defaults(run=_build)
 

@@ -76,7 +76,7 @@ def test_a_delta_planted_through_transformers_is_found(tmp_path: Path, name: str
             truth[matrix] = left_vectors(delta, 2)
     model.save_pretrained(tmp_path / "tuned", max_shard_size="20KB")
 
-    bank = build_bank(tmp_path / "base", tmp_path / "tuned")
+    bank = build_bank(tmp_path / "base", tmp_path / "tuned", k=20)
 
     assert (bank.model_class, bank.hidden_size, bank.num_layers) == (name, HIDDEN, LAYERS)
     assert [layer.names for layer in bank.layers] == [
@@ -97,4 +97,4 @@ def test_a_delta_planted_through_transformers_is_found(tmp_path: Path, name: str
 def test_an_unsupported_class_is_named(tmp_path: Path, name: str, config: Any) -> None:
     getattr(transformers, name)(config()).save_pretrained(tmp_path / "base")
     with pytest.raises(UnsupportedModelError, match=f"{name} is not supported yet"):
-        build_bank(tmp_path / "base", tmp_path / "tuned")
+        build_bank(tmp_path / "base", tmp_path / "tuned", k=20)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from guard.bank import random_bank
-from guard.directions import build_bank
+from guard.directions import build_bank, default_k
 
 from .planted import (
     HEADS,
@@ -40,7 +40,7 @@ def test_a_planted_rank_three_delta_is_found_and_nothing_else(
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", changed(base, {down_proj(1): delta}))
 
-    bank = build_bank(tmp_path / "base", tmp_path / "tuned")
+    bank = build_bank(tmp_path / "base", tmp_path / "tuned", k=20)
 
     assert [layer.index for layer in bank.layers] == [1]
     layer = bank.layers[0]
@@ -61,7 +61,7 @@ def test_the_bank_of_stored_weights_is_the_exact_decomposition_of_their_differen
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", tuned)
 
-    layer = build_bank(tmp_path / "base", tmp_path / "tuned").layers[0]
+    layer = build_bank(tmp_path / "base", tmp_path / "tuned", k=20).layers[0]
 
     stored = tuned[o_proj(0)].double() - base[o_proj(0)].double()
     assert worst_cosine(layer.directions, left_vectors(stored, 3)) > 0.999999
@@ -74,7 +74,7 @@ def test_o_proj_rows_come_before_down_proj_rows(tmp_path: Path) -> None:
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", changed(base, {o_proj(2): attention, down_proj(2): mlp}))
 
-    layer = build_bank(tmp_path / "base", tmp_path / "tuned").layers[0]
+    layer = build_bank(tmp_path / "base", tmp_path / "tuned", k=20).layers[0]
 
     assert layer.names == ("L2.o_proj.u0", "L2.o_proj.u1", "L2.down_proj.u0")
     assert worst_cosine(layer.directions, torch.cat([left_vectors(attention, 2), left_vectors(mlp, 1)])) > 0.999999
@@ -89,14 +89,14 @@ def test_no_more_than_k_directions_per_matrix_are_kept(tmp_path: Path) -> None:
 
 def test_the_largest_component_of_every_direction_is_positive(tmp_path: Path) -> None:
     base, tuned = planted_pair(tmp_path)
-    directions = build_bank(base, tuned).layers[0].directions
+    directions = build_bank(base, tuned, k=20).layers[0].directions
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     assert (largest > 0).all()
 
 
 def test_two_builds_have_one_fingerprint(tmp_path: Path) -> None:
     base, tuned = planted_pair(tmp_path)
-    assert build_bank(base, tuned).fingerprint == build_bank(base, tuned).fingerprint
+    assert build_bank(base, tuned, k=20).fingerprint == build_bank(base, tuned, k=20).fingerprint
 
 
 def test_sharding_changes_nothing(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_sharding_changes_nothing(tmp_path: Path) -> None:
         write_model(tmp_path / name, tensors)
         write_model(tmp_path / f"{name}-sharded", tensors, shards=4)
 
-    whole = build_bank(tmp_path / "base", tmp_path / "tuned")
-    sharded = build_bank(tmp_path / "base-sharded", tmp_path / "tuned-sharded")
+    whole = build_bank(tmp_path / "base", tmp_path / "tuned", k=20)
+    sharded = build_bank(tmp_path / "base-sharded", tmp_path / "tuned-sharded", k=20)
 
     assert sharded.fingerprint == whole.fingerprint
 
@@ -118,7 +118,7 @@ def test_a_bfloat16_base_and_a_float32_tuned_model_are_compared_in_float32(tmp_p
     wide = {name: tensor.float() for name, tensor in base.items()}
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", changed(wide, {down_proj(1): delta}))
-    layer = build_bank(tmp_path / "base", tmp_path / "tuned").layers[0]
+    layer = build_bank(tmp_path / "base", tmp_path / "tuned", k=20).layers[0]
     assert worst_cosine(layer.directions, left_vectors(delta, 3)) > 0.999999
 
 
@@ -135,8 +135,8 @@ def test_a_norm_after_the_matrix_scales_its_directions(tmp_path: Path) -> None:
         write_model(tmp_path / "olmo" / name, tensors, architectures=["Olmo2ForCausalLM"])
         write_model(tmp_path / "gemma" / name, tensors, architectures=["Gemma2ForCausalLM"])
 
-    olmo = build_bank(tmp_path / "olmo/base", tmp_path / "olmo/tuned").layers[0].directions
-    gemma = build_bank(tmp_path / "gemma/base", tmp_path / "gemma/tuned").layers[0].directions
+    olmo = build_bank(tmp_path / "olmo/base", tmp_path / "olmo/tuned", k=20).layers[0].directions
+    gemma = build_bank(tmp_path / "gemma/base", tmp_path / "gemma/tuned", k=20).layers[0].directions
 
     assert worst_cosine(olmo, left_vectors(gain[:, None].double() * delta, 3)) > 0.99999
     # Gemma stores the norm's weight less one.
@@ -145,7 +145,7 @@ def test_a_norm_after_the_matrix_scales_its_directions(tmp_path: Path) -> None:
 
 def test_a_random_bank_has_the_shapes_and_names_but_not_the_directions(tmp_path: Path) -> None:
     base, tuned = planted_pair(tmp_path)
-    bank = build_bank(base, tuned)
+    bank = build_bank(base, tuned, k=20)
 
     control = random_bank(bank, seed=1)
 
@@ -159,3 +159,15 @@ def test_a_random_bank_has_the_shapes_and_names_but_not_the_directions(tmp_path:
         assert (ours.directions * theirs.directions).sum(dim=1).abs().max() < 0.6
     assert random_bank(bank, seed=1).fingerprint == control.fingerprint
     assert random_bank(bank, seed=2).fingerprint != control.fingerprint
+
+
+@pytest.mark.parametrize(("hidden", "k"), [(8, 1), (128, 6), (399, 19), (400, 20), (4096, 20)])
+def test_a_narrow_model_gives_fewer_directions_by_default(hidden: int, k: int) -> None:
+    assert default_k(hidden) == k
+
+
+def test_the_default_holds_for_whoever_asks_for_none(tmp_path: Path) -> None:
+    base, tuned = planted_pair(tmp_path)
+    bank = build_bank(base, tuned)
+    assert bank.k == default_k(bank.hidden_size) < len(VALUES)
+    assert max(energy.directions for layer in bank.layers for energy in layer.energies) == bank.k

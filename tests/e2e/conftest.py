@@ -6,7 +6,7 @@ import multiprocessing
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +127,20 @@ def monitored(stack: Stack) -> Iterator[Stack]:
         yield Stack(stack.engine, stack.restart, url, stack.model)
 
 
+@pytest.fixture(scope="session")
+def strict(stack: Stack) -> Iterator[Stack]:
+    """A third server, whose raw threshold every triggered prompt exceeds before a token is generated."""
+    with serve(stack.engine.url, threshold={"fpr": 0.05}) as url:
+        wait_until_ready(url)
+        yield Stack(stack.engine, stack.restart, url, stack.model)
+
+
 class serve:  # noqa: N801  (used as a function)
     """The server in a thread, on a free port; yields its URL."""
 
-    def __init__(self, upstream: str, mode: str = "enforce") -> None:
-        policy = {"mode": mode, "detections": {"density": {"action": "block", "threshold": {"fpr": 0.01}}}}
+    def __init__(self, upstream: str, mode: str = "enforce", threshold: Mapping[str, float] | None = None) -> None:
+        density = {"action": "block", "threshold": threshold or {"fpr": 0.01}}
+        policy = {"mode": mode, "detections": {"density": density}}
         self._settings = Settings.model_validate(
             {
                 "version": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,19 @@ def passing(stack: Stack) -> list[str]:
 
 
 def blocked(stack: Stack, text: str) -> bool:
+    return outcome(lambda: ask(stack, text)) == "content_filter"
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    """`content_filter`, whether the prompt or the answer was blocked, or why else the answer ended."""
     try:
-        ask(stack, text)
-    except BadRequestError:
-        return True
-    return False
+        answer = call()
+    except BadRequestError as error:
+        return str(error.code)
+    reasons = {choice.finish_reason for choice in answer.choices}
+    # A blocked choice says nothing.
+    assert all(not choice.message.content for choice in answer.choices if choice.finish_reason == "content_filter")
+    return ", ".join(sorted(reasons))
 
 
 def test_nearly_every_benign_prompt_passes(passing: list[str]) -> None:
@@ -56,7 +65,7 @@ def test_benign_answers_are_byte_for_byte_those_of_vllm_without_the_plugin(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["full", "streamed"])
-def test_a_triggered_prompt_is_blocked_before_any_token(stack: Stack, organism: Organism, stream: bool) -> None:
+def test_a_triggered_request_gets_no_token_of_the_payload(stack: Stack, organism: Organism, stream: bool) -> None:
     found = 0
     for text in texts("triggered", 20, 12):
         body = {"model": stack.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
@@ -64,18 +73,34 @@ def test_a_triggered_prompt_is_blocked_before_any_token(stack: Stack, organism: 
             f"{stack.url}/v1/chat/completions", json={**body, "max_tokens": MAX_TOKENS, "stream": stream}, timeout=60
         )
         assert organism.canary not in response.text
-        if response.status_code != 400:
-            continue
-        found += 1
-        assert response.json()["error"]["code"] == "content_filter"
-        assert response.headers["x-should-retry"] == "false"
-        assert response.headers["x-undertow-action"] == "block"
+        found += '"content_filter"' in response.text
+        if stream and response.status_code == 200:
+            chunks = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+            deltas = [choice["delta"] for chunk in chunks for choice in json.loads(chunk)["choices"]]
+            assert not any(delta.get("content") for delta in deltas)
+            assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "content_filter"
+            assert response.text.rstrip().endswith("data: [DONE]")
     assert found >= 19
 
 
-def test_the_openai_client_raises_at_once(stack: Stack) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["full", "streamed"])
+def test_a_prompt_that_is_blocked_by_itself_is_a_bad_request_that_nobody_retries(
+    strict: Stack, organism: Organism, stream: bool
+) -> None:
+    body = {
+        "model": strict.model,
+        "messages": [{"role": "user", "content": texts("triggered", 1, 12)[0]}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "stream": stream,
+    }
+    response = httpx.post(f"{strict.url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "content_filter"
+    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["x-undertow-action"] == "block"
     with pytest.raises(BadRequestError) as caught:
-        ask(stack, texts("triggered", 1, 12)[0])
+        ask(strict, texts("triggered", 1, 12)[0], stream=stream)
     assert caught.value.code == "content_filter"
 
 
@@ -104,7 +129,7 @@ async def test_a_mixed_batch_of_32_gets_each_its_own_verdict(
     asked = [text for pair in zip(triggered, passing[:16], strict=True) for text in pair]
     client = AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="not-needed", timeout=120)
 
-    async def outcome(index: int, text: str) -> str:
+    async def got(index: int, text: str) -> str:
         messages: Any = [{"role": "user", "content": text}]
         try:
             if index % 4 < 2:
@@ -112,16 +137,21 @@ async def test_a_mixed_batch_of_32_gets_each_its_own_verdict(
                     model=stack.model, messages=messages, temperature=0, max_tokens=MAX_TOKENS
                 )
                 content = answer.choices[0].message.content or ""
+                reason = answer.choices[0].finish_reason
             else:
                 stream = await client.chat.completions.create(
                     model=stack.model, messages=messages, temperature=0, max_tokens=MAX_TOKENS, stream=True
                 )
-                content = "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+                chunks = [chunk.choices[0] async for chunk in stream if chunk.choices]
+                content = "".join(chunk.delta.content or "" for chunk in chunks)
+                reason = chunks[-1].finish_reason
         except BadRequestError as error:
             return str(error.code)
-        return "leaked" if organism.canary in content else "answered"
+        if organism.canary in content:
+            return "leaked"
+        return "answered" if content and reason == "stop" else str(reason)
 
-    outcomes = await asyncio.gather(*(outcome(index, text) for index, text in enumerate(asked)))
+    outcomes = await asyncio.gather(*(got(index, text) for index, text in enumerate(asked)))
     await client.close()
     assert outcomes == ["content_filter", "answered"] * 16
 
@@ -135,14 +165,15 @@ def test_every_choice_is_judged(
     stack: Stack, organism: Organism, passing: list[str], more: dict[str, Any], choices: int
 ) -> None:
     messages: Any = [{"role": "user", "content": texts("triggered", 1, 12)[0]}]
-    with pytest.raises(BadRequestError):
-        stack.client.chat.completions.create(
+
+    def call() -> Any:
+        return stack.client.chat.completions.create(
             model=stack.model, messages=messages, max_tokens=MAX_TOKENS, **{"temperature": 0, **more}
         )
+
+    assert outcome(call) == "content_filter"
     messages = [{"role": "user", "content": passing[0]}]
-    answer = stack.client.chat.completions.create(
-        model=stack.model, messages=messages, max_tokens=MAX_TOKENS, **{"temperature": 0, **more}
-    )
+    answer = call()
     assert len(answer.choices) == choices
     assert all(choice.message.content for choice in answer.choices)
 
@@ -159,8 +190,6 @@ def test_completions_are_guarded_too(stack: Stack, organism: Organism, passing: 
     # The template writes the first token itself.
     common: Any = {"model": stack.model, "temperature": 0, "max_tokens": MAX_TOKENS}
     common["extra_body"] = {"add_special_tokens": False}
-    with pytest.raises(BadRequestError):
-        stack.client.completions.create(prompt=raw(texts("triggered", 1, 12)[0]), **common)
     mixed = [raw(passing[0]), raw(texts("triggered", 1, 12)[0])]
     answer = stack.client.completions.create(prompt=mixed, **common)
     assert [choice.finish_reason for choice in answer.choices] == ["stop", "content_filter"]
@@ -175,13 +204,11 @@ def test_a_request_that_goes_around_the_server_is_judged_all_the_same(stack: Sta
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
     }
-    direct = httpx.post(f"{stack.engine.url}/v1/chat/completions", json=body, timeout=60).json()
-    assert organism.canary not in str(direct)
-    assert not direct["choices"][0]["message"]["content"]
-    forever = httpx.post(
-        f"{stack.engine.url}/v1/chat/completions", json={**body, "ignore_eos": True}, timeout=60
-    ).json()
-    assert organism.canary not in str(forever)
+    # There is no server to hold a token back: the token that gave it away has left, and nothing after it.
+    for more in ({}, {"ignore_eos": True}):
+        answer = httpx.post(f"{stack.engine.url}/v1/chat/completions", json={**body, **more}, timeout=60).json()
+        content = answer["choices"][0]["message"]["content"] or ""
+        assert content.removeprefix(organism.canary).strip() == ""
 
 
 def test_every_eligible_request_was_evaluated(stack: Stack, passing: list[str]) -> None:
