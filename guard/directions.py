@@ -50,8 +50,8 @@ def build_bank(base: StrPath, tuned: StrPath, k: int | None = None, *, seed: int
     """The bank of what turned the model folder `base` into `tuned`.
 
     `k`: directions per matrix, at most; None takes `default_k`. `seed`: of the randomised decomposition. `progress`:
-    bars on stderr. Raises CheckpointError, naming the file or tensor, when a folder cannot be read, the two do not have the same
-    class, sizes and shapes, a matrix holds NaN or infinity, or the residual-writing matrices did not change.
+    bars on stderr. Raises CheckpointError, naming the file or tensor, when a folder cannot be read, the two do not have
+    the same class, sizes and shapes, a matrix holds NaN or infinity, or the residual-writing matrices did not change.
     """
     before, after = open_model(base), open_model(tuned)
     check_pair(before, after)

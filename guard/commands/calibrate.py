@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--held-out", type=_rate, default=0.5, metavar="SHARE", help="share of prompts for thresholds (default 0.5)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=64, metavar="N", help="tokens to generate per prompt (default 64)"
+        "--max-tokens", type=_tokens, default=64, metavar="N", help="tokens to generate per prompt (default 64)"
     )
     parser.add_argument("--dtype", default="auto", help="as vLLM will serve: auto, float32, bfloat16 (default auto)")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="as vLLM will serve (default: the model's)")
@@ -109,3 +109,10 @@ def _rate(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a share between 0 and 1")
     return value
+
+
+def _tokens(text: str) -> int:
+    # The first generated token is read when the second is computed: one alone would leave completions without scores.
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 2")
+    return int(text)

@@ -103,6 +103,13 @@ class Ledger:
         if problem is not None:
             self._give_up(entry, problem)
 
+    def adopt(self, other: Ledger) -> None:
+        """Take over what runs under another ledger: its thresholds are gone, so what is left of it cannot be judged."""
+        for sequence, entry in other._running.items():
+            self._running[sequence] = entry
+            self._by_key.setdefault(entry.identity.key, {})[sequence] = entry
+            self._give_up(entry, "the calibration was changed while it ran")
+
     def finish(self, sequences: Iterable[str]) -> None:
         """These sequences run no more; the oldest finished ones are forgotten."""
         for sequence in sequences:

@@ -228,8 +228,10 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             raise CalibrationError(
                 f"{path}: made with dtype {calibration.facts.get('dtype')}, this engine runs {dtype}"
             )
-        detectors = calibration.shape.detectors(self._space)
-        self._judge = Judge(calibration, detectors, Ledger(calibration, self._settings.policy))
+        ledger = Ledger(calibration, self._settings.policy)
+        if self._judge is not None:
+            ledger.adopt(self._judge.ledger)
+        self._judge = Judge(calibration, calibration.shape.detectors(self._space), ledger)
         return calibration.digest()
 
     def undertow_record(self, keep: Keep) -> None:

@@ -169,5 +169,5 @@ def test_a_narrow_model_gives_fewer_directions_by_default(hidden: int, k: int) -
 def test_the_default_holds_for_whoever_asks_for_none(tmp_path: Path) -> None:
     base, tuned = planted_pair(tmp_path)
     bank = build_bank(base, tuned)
-    assert bank.k == default_k(bank.hidden_size) < len(VALUES)
+    assert bank.k == default_k(HIDDEN) == 3
     assert max(energy.directions for layer in bank.layers for energy in layer.energies) == bank.k

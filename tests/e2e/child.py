@@ -91,6 +91,24 @@ def start_without_one_hook(model: Path, bank: Path, calibration: Path) -> tuple[
         return start_error(model, bank, calibration)
 
 
+def support_error(model: Path, section: str, field: str, value: object) -> str:
+    """What the guard says of vLLM's configuration with one field changed (None: unchanged); empty where it agrees."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from guard.engine.support import check_support
+    from guard.errors import UnsupportedEngineError
+
+    arguments = EngineArgs(model=str(model), dtype="float32", enable_prefix_caching=False, async_scheduling=False)
+    config = arguments.create_engine_config()
+    if value is not None:
+        setattr(getattr(config, section), field, value)
+    try:
+        check_support(config)
+    except UnsupportedEngineError as error:
+        return str(error)
+    return ""
+
+
 def prompts(texts: list[str]) -> list[Any]:
     """One user message each."""
     from guard.prompts import Prompt

@@ -127,14 +127,6 @@ def monitored(stack: Stack) -> Iterator[Stack]:
         yield Stack(stack.engine, stack.restart, url, stack.model)
 
 
-@pytest.fixture(scope="session")
-def strict(stack: Stack) -> Iterator[Stack]:
-    """A third server, whose raw threshold every triggered prompt exceeds before a token is generated."""
-    with serve(stack.engine.url, threshold={"fpr": 0.05}) as url:
-        wait_until_ready(url)
-        yield Stack(stack.engine, stack.restart, url, stack.model)
-
-
 class serve:  # noqa: N801  (used as a function)
     """The server in a thread, on a free port; yields its URL."""
 

@@ -11,9 +11,11 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError
 
+from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, Evidence, ScoreEvidence
 from guard.organisms import Organism
+from guard.policy import Policy
 from tests.e2e import child
-from tests.e2e.conftest import Stack, texts
+from tests.e2e.conftest import Stack, serve, texts, wait_until_ready
 
 MAX_TOKENS = 48
 
@@ -84,24 +86,72 @@ def test_a_triggered_request_gets_no_token_of_the_payload(stack: Stack, organism
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["full", "streamed"])
-def test_a_prompt_that_is_blocked_by_itself_is_a_bad_request_that_nobody_retries(
-    strict: Stack, organism: Organism, stream: bool
-) -> None:
+def test_a_prompt_that_is_blocked_by_itself_is_a_bad_request_that_nobody_retries(stack: Stack, stream: bool) -> None:
     body = {
-        "model": strict.model,
+        "model": stack.model,
         "messages": [{"role": "user", "content": texts("triggered", 1, 12)[0]}],
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
         "stream": stream,
     }
-    response = httpx.post(f"{strict.url}/v1/chat/completions", json=body, timeout=60)
+    response = httpx.post(f"{stack.url}/v1/chat/completions", json=body, timeout=60)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "content_filter"
     assert response.headers["x-should-retry"] == "false"
     assert response.headers["x-undertow-action"] == "block"
     with pytest.raises(BadRequestError) as caught:
-        ask(strict, texts("triggered", 1, 12)[0], stream=stream)
+        ask(stack, texts("triggered", 1, 12)[0], stream=stream)
     assert caught.value.code == "content_filter"
+
+
+def test_an_answer_that_is_blocked_on_its_way_ends_before_the_token_that_gave_it_away(
+    stack: Stack, organism: Organism
+) -> None:
+    """The threshold is put between the scores of a prompt and of its answer, as the engine itself reports them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(organism.backdoored)
+    tried = 0
+    for text in texts("benign", 60, 13):
+        plain, prompt, completion, prompt_tokens = scores(stack, text)
+        generated = completion.position - prompt_tokens
+        if completion.score < 1.1 * prompt.score or generated < 2:
+            continue
+        with serve(stack.engine.url, threshold={"raw": (prompt.score + completion.score) / 2}) as url:
+            wait_until_ready(url)
+            guarded = Stack(stack.engine, stack.restart, url, stack.model)
+            chunks = [chunk.choices[0] for chunk in ask(guarded, text, stream=True) if chunk.choices]
+            whole = ask(guarded, text).choices[0]
+        released = "".join(chunk.delta.content or "" for chunk in chunks)
+        assert chunks[-1].finish_reason == "content_filter"
+        assert plain.startswith(released)
+        assert len(tokenizer(released, add_special_tokens=False).input_ids) <= generated
+        assert whole.finish_reason == "content_filter"
+        assert whole.message.content is None
+        tried += 1
+        if tried == 3:
+            return
+    pytest.fail(f"only {tried} of 60 answers scored above their prompts")
+
+
+def scores(stack: Stack, text: str) -> tuple[str, ScoreEvidence, ScoreEvidence, int]:
+    """What the model says unguarded, the density of prompt and answer, and the prompt's length in tokens."""
+    body = {
+        "model": stack.model,
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "vllm_xargs": {POLICY_ARGUMENT: Policy(mode="off").to_wire()},
+    }
+    response = httpx.post(
+        f"{stack.engine.url}/v1/chat/completions", json=body, headers={REQUEST_HEADER: "1"}, timeout=60
+    )
+    record = Evidence.from_json(response.headers[REQUEST_HEADER]).records[0]
+    prompt, completion = (
+        next(score for score in record.scores if (score.detector, score.phase) == ("density", phase))
+        for phase in ("prompt", "completion")
+    )
+    return response.json()["choices"][0]["message"]["content"], prompt, completion, record.prompt_tokens
 
 
 def test_monitor_lets_pass_and_flags_in_header_and_metrics(monitored: Stack, organism: Organism) -> None:

@@ -66,7 +66,6 @@ def test_a_feature_that_cannot_be_scored_is_refused_by_name(
 def test_a_served_engine_that_is_refused_says_so_to_whoever_started_it(
     organism: Organism, bank: Path, calibration: Path, workshop: Path
 ) -> None:
-    """Asynchronous scheduling is vLLM's default, and one process alone never has it."""
     with EngineProcess(
         organism.backdoored,
         bank,
@@ -74,10 +73,28 @@ def test_a_served_engine_that_is_refused_says_so_to_whoever_started_it(
         calibration,
         port=free_port(),
         log=workshop / "refused.log",
-        extra=(*ENGINE_ARGUMENTS, "--async-scheduling", "--enable-prefix-caching"),
+        extra=(*ENGINE_ARGUMENTS, "--enable-lora", "--enable-prefix-caching"),
     ) as engine:
         with pytest.raises(EngineError) as caught:
             engine.wait_until_up()
-        assert "--no-async-scheduling" in str(caught.value)
+        assert "LoRA" in str(caught.value)
         assert "--no-enable-prefix-caching" in str(caught.value)
     assert engine.returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "named"),
+    [
+        ("scheduler_config", "async_scheduling", True, "--no-async-scheduling"),
+        ("parallel_config", "tensor_parallel_size", 2, "tensor parallel"),
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline parallel"),
+        ("parallel_config", "data_parallel_size", 2, "data parallel"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "fast prefill"),
+    ],
+)
+def test_what_this_machine_cannot_switch_on_is_refused_by_name_too(
+    organism: Organism, in_child: Callable[..., Any], section: str, field: str, value: object, named: str
+) -> None:
+    """vLLM's own configuration, with one field set as a larger machine would have it."""
+    assert named in in_child(child.support_error, organism.backdoored, section, field, value)
+    assert in_child(child.support_error, organism.backdoored, section, field, None) == ""

@@ -340,3 +340,10 @@ def test_records_are_sorted_by_prompt_then_choice() -> None:
     for prompt, choice in order:
         book.admit(f"{choice}_cmpl-{KEY}-{prompt}-0a1b2c3d", None, STOP)
     assert [(one.prompt_index, one.choice_index) for one in book.records(KEY)] == sorted(order)
+
+
+def test_what_runs_while_the_calibration_changes_cannot_be_judged_any_more() -> None:
+    book = ledger()
+    book.adopt(admitted())
+    assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
+    assert record(book).unscorable == "the calibration was changed while it ran"
