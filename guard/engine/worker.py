@@ -10,12 +10,12 @@ sample_tokens   replace what was sampled for blocked sequences by a token that e
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from guard.bank import Bank
@@ -45,7 +45,8 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
-log = logging.getLogger("undertow.engine")
+# Under vLLM's own logger, so that its log says which bank guards it.
+log = init_logger("vllm.undertow")
 
 START_ROWS = 3
 """Rows of the forward pass that proves the probes at start."""
@@ -88,7 +89,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         if self._settings.calibration is not None:
             self.undertow_load_calibration(str(self._settings.calibration))
         else:
-            log.warning("no calibration: this engine records for one and cannot serve")
+            log.info("no calibration: this engine records for one and cannot serve")
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, then see one forward pass go through every probe, on the path that requests take."""

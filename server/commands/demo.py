@@ -149,7 +149,9 @@ def serving(values: Settings) -> Iterator[str]:
     import uvicorn
 
     from server.commands.serve import make_server
+    from server.logs import configure
 
+    configure(values.log.level)
     server: uvicorn.Server = make_server(values)
     thread = threading.Thread(target=server.run, name="undertow-server", daemon=True)
     thread.start()
