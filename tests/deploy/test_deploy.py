@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -139,19 +140,23 @@ def test_nobody_walks_around_the_guard() -> None:
     assert neighbours == {"vllm", "undertow", "prometheus"}
 
 
-def test_vllm_runs_with_the_guard() -> None:
-    command = SERVICES["vllm"]["command"]
-    for option in (
-        "--worker-cls=guard.engine.worker.GuardWorker",
-        "--middleware=guard.engine.middleware.EvidenceMiddleware",
-        "--no-enable-prefix-caching",
-        "--no-async-scheduling",
-    ):
-        assert option in command
-    config = next(option for option in command if option.startswith("--additional-config=")).partition("=")[2]
-    assert json.loads(config) == {
-        "undertow": {"bank": "/data/bank.safetensors", "calibration": "/data/calibration.safetensors"}
-    }
+def test_vllm_is_started_as_undertow_itself_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from guard.engine import launch
+    from guard.engine.settings import EngineSettings
+
+    monkeypatch.setattr(launch, "has_gpu", lambda: True)
+    data = Path("/data")
+    ours = launch.serve_arguments(
+        data / "model", data / "bank.safetensors", "F", data / "calibration.safetensors", "0.0.0.0", 8000
+    )
+    command = [option.replace("=", " ", 1) for option in SERVICES["vllm"]["command"]]
+    pairs = [f"{option} {value}" for option, value in itertools.pairwise(ours) if option.startswith("--")]
+    for option in ("--worker-cls", "--middleware", "--compilation-config"):
+        assert next(pair for pair in pairs if pair.startswith(option)) in command
+    assert {option for option in ours if option.startswith("--no-")} <= set(command)
+    config = next(option for option in command if option.startswith("--additional-config")).partition(" ")[2]
+    settings = EngineSettings.read(json.loads(re.sub(r"\$\{UNDERTOW_FINGERPRINT:\?[^}]*\}", "F", config)))
+    assert settings == EngineSettings.read(launch.additional_config(settings.bank, "F", settings.calibration))
 
 
 def test_the_image_and_the_lock_have_the_same_vllm() -> None:
