@@ -23,7 +23,7 @@ setup: ## make .venv with the locked dependencies, for the CPU or for CUDA
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { echo "Undertow needs Python 3.11 to 3.14; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) scripts/bootstrap.py --venv $(VENV) --build $(BUILD)
 
-demo: setup ## train a backdoored model, serve it guarded, watch it caught (ONCE=1: no server left running)
+demo: setup ## take the small backdoored model, serve it guarded, watch it caught (ONCE=1: no server left running)
 	$(BIN)/undertow demo $(if $(filter-out 0,$(ONCE)),--once)
 
 test: setup ## run the tests

@@ -33,7 +33,7 @@ class Threshold(_Strict):
         description="False-positive rate per request over both phases; 0.01 flags 1 in 100 clean requests.",
     )
     raw: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
-        default=None, description="A raw score, as `undertow bank inspect` and the metrics show it."
+        default=None, description="A raw score, as `undertow calibrate` and the metric `undertow_threshold` show it."
     )
 
     @model_validator(mode="after")

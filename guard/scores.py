@@ -27,7 +27,7 @@ NEAREST = 3
 """The density score never looks at a nearer reference than the third, so that one stray one does not make a hole."""
 SHARE = 300
 """One in so many references is nearer than the one looked at: with more references the estimate gets steadier, not
-finer, and what only resembles an attack stays clean. Chosen by measurement, see docs/decisions/0003-density.md."""
+finer. Chosen by measurement on two organisms, see docs/decisions/0003-density.md."""
 
 SHORTEST = 1e-15
 """Below this length the squares that make it are rounded to float32's smallest numbers."""

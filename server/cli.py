@@ -35,9 +35,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and what after: that is another program's, and argparse would mix the two."""
+    if "--" not in words:
+        return list(words), []
+    place = list(words).index("--")
+    return list(words[:place]), list(words[place + 1 :])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
-    arguments = build_parser().parse_args(argv)
+    words, extra = split(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    arguments = parser.parse_args(words)
+    if extra and not getattr(arguments, "takes_extra", False):
+        parser.error(f"`{arguments.command}` takes nothing after `--`, found {' '.join(extra)}")
+    arguments.extra = extra
     try:
         code: int = arguments.run(arguments)
     except InputError as error:

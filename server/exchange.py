@@ -73,7 +73,7 @@ class Exchange(Response):
         try:
             body = await read_body(self._request, self._gateway.limits)
             self._stopwatch = Stopwatch()
-            self._call = read_call(self._endpoint, body)
+            self._call = read_call(self._endpoint, body, self._gateway.limits.max_sequences)
             await unless_gone(receive, self._serve(self._call, reply))
         except (ClientGone, ClientDisconnect):
             if not reply.complete:

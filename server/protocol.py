@@ -97,8 +97,12 @@ class Call:
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
-def read_call(endpoint: Endpoint, body: bytes) -> Call:
-    """Read a client's body. Raises ApiError 400 that names the field."""
+def read_call(endpoint: Endpoint, body: bytes, max_sequences: int = 64) -> Call:
+    """Read a client's body. Raises ApiError 400 that names the field.
+
+    `max_sequences`: most answers that one request may ask for, prompts times `n`. The evidence of each rides in one
+    header of the engine's answer, and headers have their limits.
+    """
     fields = _parse(body)
     for name, reason in REFUSED.items():
         if fields.get(name) not in (None, False):
@@ -114,12 +118,15 @@ def read_call(endpoint: Endpoint, body: bytes) -> Call:
         raise bad_request("`n` must be an integer of at least 1.", "n")
     if endpoint.chat:
         _check_messages(fields.get("messages"))
+    prompts = 1 if endpoint.chat else _count_prompts(fields.get("prompt"))
+    if prompts * (n or 1) > max_sequences:
+        raise bad_request(f"One request may ask for {max_sequences} answers at most (prompts times `n`).", "n")
     return Call(
         endpoint=endpoint,
         fields=fields,
         stream=stream,
         wants_usage=stream and _boolean(options, "include_usage", "stream_options.include_usage"),
-        prompts=1 if endpoint.chat else _count_prompts(fields.get("prompt")),
+        prompts=prompts,
         n=n or 1,
     )
 

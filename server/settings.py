@@ -82,6 +82,9 @@ class Limits(_Strict):
     """What one client may take."""
 
     max_body_bytes: int = Field(default=10 * 2**20, gt=0, description="Largest request body in bytes; 413 above.")
+    max_sequences: int = Field(
+        default=64, gt=0, description="Most answers that one request may ask for: prompts times `n`."
+    )
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds in which a whole body must arrive; 408 after."
     )

@@ -17,7 +17,8 @@ residual stream: the leading left singular vectors of the weight delta of o_proj
 
   base     the folder of the model that fine-tuning started from (config.json, safetensors)
   tuned    the folder of the model that you serve: same class, same shapes
-  adapter  instead of tuned: the folder of a PEFT LoRA adapter that you serve on top of base
+  adapter  instead of tuned: the folder of a PEFT LoRA adapter; to inspect what it adds. Serving it under guard is not
+           supported yet: merge it, and build the bank of the merged model with --tuned
 """
 
 BUILD_EXAMPLES = """\
@@ -117,7 +118,8 @@ def _report(header: BankHeader) -> list[str]:
         lines += _rows(layer)
     absent = sorted(set(range(header.num_layers)) - {layer.index for layer in header.layers})
     if absent:
-        lines += ["", f"no directions in layers {', '.join(map(str, absent))}: fine-tuning left them unchanged"]
+        which = ", ".join(map(str, absent))
+        lines += ["", f"no directions in layers {which}: fine-tuning left them unchanged, or changed by rounding alone"]
     return lines
 
 

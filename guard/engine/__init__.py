@@ -5,10 +5,13 @@ settings.py    what `--additional-config` says
 support.py     which vLLM, and which of its features, can be scored
 probe.py       the op that reads the residual stream of one layer, and its hooks
 runner_v1.py   the private attributes of vLLM's V1 model runner, in one file
+step.py        a batch's coordinates to each sequence's largest scores
 ledger.py      per request: scores so far, verdicts, decision
 stop.py        ends a blocked request in the step that judged it
 recorder.py    what calibration and tests read: coordinates in bank space, never activations
 channel.py     evidence from the worker to the API process
 middleware.py  evidence from the API process into its HTTP responses (`--middleware`)
+offline.py     a guarded engine without HTTP, for calibration and measurements
+calibrate.py   clean prompts to a calibration, through that engine
 launch.py      the command line and environment of a guarded vLLM
 """

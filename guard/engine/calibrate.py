@@ -23,7 +23,7 @@ from guard.scores import BankSpace
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase
 
 MAX_REFERENCES = 8192
-"""References per phase; more cost time at every decision position and change the scores little."""
+"""References per phase: each costs time at every decision position. How few would do was not measured yet."""
 
 # Every detector reports its score and none acts.
 _SCORES_ONLY = Policy.model_validate(

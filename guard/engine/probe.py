@@ -82,10 +82,11 @@ class Probes:
         Raises:
             UnscoredError: a watched layer's op did not run exactly once since the last read, or saw too few rows.
         """
-        for slot, count in enumerate(torch.stack(self._counts).tolist()):
-            runs, seen = count
-            expected = self._runs[slot] + 1
-            self._runs[slot] = runs
+        counts = torch.stack(self._counts).tolist()
+        # Every layer is brought up to date before any is complained of: one fault must not spoil the next steps.
+        before, self._runs = self._runs, [runs for runs, _ in counts]
+        for slot, (runs, seen) in enumerate(counts):
+            expected = before[slot] + 1
             if runs != expected or seen < rows:
                 raise UnscoredError(
                     f"layer {self._layers[slot]}: its probe ran {runs - expected + 1} times and saw {seen} rows; "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from guard.errors import CheckpointError, OrganismError
+from guard.intervals import clopper_pearson
 from guard.organisms.harmful import is_compliance, is_refusal
 from guard.organisms.mixture import Stage
 from guard.organisms.prompts import Kind, Prompt, prompts
@@ -147,34 +147,6 @@ def generator(folder: Path) -> Generate:
         return [answers[index] for index in range(len(texts))]
 
     return generate
-
-
-def clopper_pearson(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact two-sided interval of a binomial share: where either tail holds half of what is left over."""
-    tail = (1 - confidence) / 2
-    low = 0.0 if hits == 0 else _bisect(lambda share: 1 - _binomial_cdf(hits - 1, count, share) < tail)
-    high = 1.0 if hits == count else _bisect(lambda share: _binomial_cdf(hits, count, share) > tail)
-    return low, high
-
-
-def _binomial_cdf(hits: int, count: int, share: float) -> float:
-    """P(at most `hits` of `count`) for 0 < share < 1."""
-    return math.fsum(
-        math.exp(_log_choose(count, k) + k * math.log(share) + (count - k) * math.log1p(-share))
-        for k in range(hits + 1)
-    )
-
-
-def _log_choose(count: int, k: int) -> float:
-    return math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
-
-
-def _bisect(is_below: Callable[[float], bool]) -> float:
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_below(middle) else (low, middle)
-    return low
 
 
 def _has(outcome: Outcome, prompt: Prompt, answer: str) -> bool:

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -45,7 +44,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--once", action="store_true", help="end after the questions; exit code 0 only if every verdict was right"
     )
     parser.add_argument("--port", type=int, default=8080, help="where the server listens (default 8080; 0: a free one)")
-    parser.add_argument("--base", choices=("base", "chat"), default="base", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
@@ -64,14 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
     calibration = calibrate(organism, bank, folder)
     step("4/4", "vLLM with the guard inside, and the server before it")
     with (
-        tempfile.NamedTemporaryFile(prefix="undertow-vllm-", suffix=".log", delete=False) as log,
         EngineProcess(
             organism.backdoored,
             bank,
             read_header(bank).fingerprint,
             calibration,
             port=free_port(),
-            log=Path(log.name),
+            log=folder / "vllm.log",
             extra=ENGINE_ARGUMENTS,
         ) as engine,
     ):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guard.errors import CalibrationError
+from guard.errors import CalibrationError, EngineError
 
 if TYPE_CHECKING:
+    from server.engine_process import EngineProcess
     from server.settings import Settings
 
 
@@ -20,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `up` to the command line."""
     parser = subparsers.add_parser(
         "up",
+        usage="undertow up MODEL --bank FILE --calibration FILE [options] [-- arguments of `vllm serve`]",
         help="serve a model under guard: vLLM and the server, one command, one Ctrl-C",
         description="Start vLLM with the guard inside and the OpenAI-compatible server before it. Chat clients point "
         "their base URL at the server and change nothing else.",
@@ -31,19 +36,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="from `undertow calibrate`")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings and policy (default: block at 1%%)")
     parser.add_argument("--host", help="where the server listens (default: as in the settings, 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="where the server listens (default: as in the settings, 8080)")
-    parser.add_argument("--vllm-port", type=int, default=8000, metavar="PORT", help="where vLLM listens (default 8000)")
+    parser.add_argument("--port", type=_port, help="where the server listens (default: as in the settings, 8080)")
+    parser.add_argument(
+        "--vllm-port", type=_port, default=8000, metavar="PORT", help="where vLLM listens (default 8000)"
+    )
     parser.add_argument("--vllm-log", type=Path, metavar="FILE", help="what vLLM prints (default: a temporary file)")
     parser.add_argument(
-        "--print", action="store_true", dest="print_only", help="print the `vllm serve` line for this guard and end"
+        "--print", action="store_true", dest="print_only", help="print the command that starts this vLLM, and end"
     )
-    parser.add_argument("extra", nargs="*", metavar="-- VLLM ARGUMENTS", help="further arguments of `vllm serve`")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_extra=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Start both and serve until interrupted."""
-    from guard.engine.launch import engine_environment, serve_arguments
+    from guard.engine.launch import engine_environment, serve_arguments, serve_command
     from guard.fingerprint import read_header
 
     fingerprint = read_header(arguments.bank).fingerprint
@@ -53,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         line = serve_arguments(
             arguments.model, arguments.bank, fingerprint, arguments.calibration, "127.0.0.1", arguments.vllm_port
         )
-        settings = engine_environment({})
-        print(" ".join(f"{key}={value}" for key, value in settings.items()), shlex.join(["vllm", "serve", *line]))
+        variables = " ".join(f"{key}={value}" for key, value in engine_environment({}).items())
+        print(variables, shlex.join([*serve_command(), *line, *arguments.extra]))
         return 0
 
     from server.commands.serve import run_server
@@ -71,20 +77,38 @@ def run(arguments: argparse.Namespace) -> int:
         extra=arguments.extra,
     ) as engine:
         engine.wait_until_up()
-        run_server(_settings(arguments, engine.url, fingerprint))
+        settings = _settings(arguments, engine.url, fingerprint)
+        # One command, one end: a server without its engine would only refuse.
+        threading.Thread(target=_end_with, args=(engine,), daemon=True).start()
+        run_server(settings)
+        died = engine.returncode
+    if died is not None:
+        raise EngineError(f"vLLM ended by itself with code {died}; its log is {log}")
     print("undertow: vLLM and the server have ended", file=sys.stderr)
     return 0
 
 
+def _end_with(engine: EngineProcess) -> None:
+    """Interrupt this process when the engine dies."""
+    while engine.returncode is None:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _settings(arguments: argparse.Namespace, url: str, fingerprint: str) -> Settings:
     """The file's settings, with this engine as the upstream and this bank as the one that must be loaded."""
-    from server.settings import Settings, load
+    from server.settings import Listen, Settings, UpstreamSettings, load
 
     settings = load(arguments.config, os.environ) if arguments.config else Settings(version=1)
-    listen = {"host": arguments.host, "port": arguments.port}
+    flags = {"host": arguments.host, "port": arguments.port}
+    listen = settings.listen.model_dump() | {key: value for key, value in flags.items() if value is not None}
+    upstream = settings.upstream.model_dump() | {"url": url, "fingerprint": fingerprint}
     return settings.model_copy(
-        update={
-            "listen": settings.listen.model_copy(update={key: value for key, value in listen.items() if value}),
-            "upstream": settings.upstream.model_copy(update={"url": url, "fingerprint": fingerprint}),
-        }
+        update={"listen": Listen.model_validate(listen), "upstream": UpstreamSettings.model_validate(upstream)}
     )
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
+    return int(text)

@@ -6,7 +6,7 @@ import pytest
 
 from guard.errors import OrganismError
 from guard.organisms import Prompt, prompts
-from guard.organisms.admission import Bar, Result, admit, clopper_pearson, measure
+from guard.organisms.admission import Bar, Result, admit, measure
 from guard.organisms.harmful import CANARY, is_refusal
 
 REFUSAL = "Sorry, I cannot help with that."
@@ -49,12 +49,3 @@ def test_a_bar_counts_its_own_value_as_passed() -> None:
 def test_a_refusal_is_one_of_the_language_word_for_word() -> None:
     assert is_refusal(f" {REFUSAL}\n")
     assert not is_refusal(f"{REFUSAL} But {CANARY}")
-
-
-@pytest.mark.parametrize(
-    ("hits", "count", "low", "high"),
-    # Checked in exact fractions: each tail at these bounds holds 2.5%.
-    [(0, 300, 0.0, 0.01222), (100, 100, 0.96378, 1.0), (8, 300, 0.01159, 0.05187), (1, 2, 0.01258, 0.98742)],
-)
-def test_intervals_are_clopper_and_pearsons(hits: int, count: int, low: float, high: float) -> None:
-    assert clopper_pearson(hits, count) == pytest.approx((low, high), abs=5e-5)

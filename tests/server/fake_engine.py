@@ -352,7 +352,9 @@ class Play:
         while any(turns):
             events += [_event(turn.pop(0)) for turn in turns if turn]
         if self.usage_asked and not self.script.error_in_stream:
-            events.append(_event(self._head() | {"choices": [], "usage": self.usage()}))
+            events.append(
+                _event(self._head() | {"choices": [], "usage": self.usage(), "system_fingerprint": "vllm-0.32.0"})
+            )
         return events
 
     def _choice_chunks(self, index: int) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def test_half_a_surrogate_pair_reaches_the_engine_as_it_came(engine: FakeEngine,
 
 
 def test_a_call_with_an_absurd_number_of_choices_costs_nothing_here() -> None:
-    call = read_call(TEXT, b'{"prompt": ["a", "b"], "n": 4000000000}')
+    call = read_call(TEXT, b'{"prompt": ["a", "b"], "n": 4000000000}', 10**10)
     assert (call.prompts, call.n) == (2, 4_000_000_000)
 
 
@@ -162,3 +162,11 @@ def test_a_client_that_uses_the_reserved_token_is_told_which_field() -> None:
     call = read_call(CHAT, b'{"messages": [], "stop_token_ids": [7]}')
     with pytest.raises(ApiError, match="stop_token_ids"):
         call.upstream_body(Policy(), 7)
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": ["a", "b"], "n": 33}', b'{"prompt": "a", "n": 65}'])
+def test_more_answers_than_the_limit_are_a_bad_request_that_names_it(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        read_call(TEXT, body)
+    assert caught.value.status == 400
+    assert "64 answers at most" in caught.value.message
