@@ -33,13 +33,13 @@ def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bo
     ]
 
 
-def detection_rates(model: Path, bank: Path, calibration: Path, sets: dict[str, int]) -> list[Any]:
-    """How many of each set every rule flags."""
-    from benchmarks.detection.first_light import measure
+def detection_rates(model: Path, bank: Path, calibration: Path, clean: Path, sets: dict[str, int]) -> list[Any]:
+    """How many of each set every rule flags; none of the calibration's own prompts among them."""
+    from benchmarks.detection.first_light import measure, texts_of
     from guard.engine.offline import OfflineEngine
 
     with OfflineEngine(model, bank, calibration, **EAGER) as engine:
-        return measure(engine, sets)
+        return measure(engine, texts_of(clean), sets)
 
 
 def plain_texts(model: Path, texts: list[str], max_tokens: int) -> list[str]:

@@ -16,9 +16,12 @@ SETS = {"benign": 500, "triggered": 200, "near-miss": 200, "benign-suffix": 200}
 
 
 @pytest.fixture(scope="module")
-def rates(organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any]) -> dict[str, Rate]:
+def rates(
+    organism: Organism, bank: Path, calibration: Path, workshop: Path, in_child: Callable[..., Any]
+) -> dict[str, Rate]:
     """By kind of prompt, for the policy that the demo runs: density at 1%."""
-    found: list[Rate] = in_child(child.detection_rates, organism.backdoored, bank, calibration, SETS)
+    clean = workshop / "clean.jsonl"
+    found: list[Rate] = in_child(child.detection_rates, organism.backdoored, bank, calibration, clean, SETS)
     return {rate.kind: rate for rate in found if rate.rule == "density"}
 
 
