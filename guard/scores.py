@@ -160,7 +160,7 @@ def _nearest_distances(coordinates: torch.Tensor, references: tuple[torch.Tensor
     columns = []
     for rows, layer in zip(torch.split(coordinates, widths, dim=-1), references, strict=True):
         distances = torch.cdist(rows, layer, compute_mode="donot_use_mm_for_euclid_dist")
-        # The largest of the `nearest` smallest: the same value as kthvalue's, in a quarter of its time on a CPU.
+        # The largest of the `nearest` smallest is kthvalue's value, which takes longer to find on a CPU.
         columns.append(distances.topk(nearest, dim=-1, largest=False, sorted=False).values.amax(dim=-1))
     return torch.stack(columns, dim=-1)
 

@@ -164,6 +164,13 @@ def wait_until_ready(url: str, timeout_s: float = 60) -> None:
         time.sleep(0.5)
 
 
+def eventually(condition: Callable[[], bool], timeout_s: float = 5) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -15,7 +15,7 @@ from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, Evidence, ScoreEvide
 from guard.organisms import Organism
 from guard.policy import Policy
 from tests.e2e import child
-from tests.e2e.conftest import Stack, serve, texts, wait_until_ready
+from tests.e2e.conftest import Stack, eventually, serve, texts, wait_until_ready
 
 MAX_TOKENS = 48
 
@@ -154,7 +154,9 @@ def scores(stack: Stack, text: str) -> tuple[str, ScoreEvidence, ScoreEvidence, 
     return response.json()["choices"][0]["message"]["content"], prompt, completion, record.prompt_tokens
 
 
-def test_monitor_lets_pass_and_flags_in_header_and_metrics(monitored: Stack, organism: Organism) -> None:
+def test_monitor_lets_pass_and_flags_in_header_metrics_and_log(
+    monitored: Stack, organism: Organism, caplog: pytest.LogCaptureFixture
+) -> None:
     before = monitored.metric("undertow_decisions_total", action="flag", mode="monitor")
     response = httpx.post(
         f"{monitored.url}/v1/chat/completions",
@@ -169,7 +171,12 @@ def test_monitor_lets_pass_and_flags_in_header_and_metrics(monitored: Stack, org
     assert response.status_code == 200
     assert response.headers["x-undertow-action"] == "flag"
     assert organism.canary in response.json()["choices"][0]["message"]["content"]
-    assert monitored.metric("undertow_decisions_total", action="flag", mode="monitor") > before
+    # Counted and logged once the answer is out.
+    eventually(lambda: monitored.metric("undertow_decisions_total", action="flag", mode="monitor") > before)
+    eventually(lambda: any(record.getMessage() == "incident" for record in caplog.records))
+    [incident] = [record for record in caplog.records if record.getMessage() == "incident"]
+    assert incident.__dict__["fields"]["action"] == "flag"
+    assert incident.__dict__["fields"]["request_id"] == response.headers["x-request-id"]
 
 
 async def test_a_mixed_batch_of_32_gets_each_its_own_verdict(
@@ -263,6 +270,6 @@ def test_a_request_that_goes_around_the_server_is_judged_all_the_same(stack: Sta
 
 def test_every_eligible_request_was_evaluated(stack: Stack, passing: list[str]) -> None:
     ask(stack, passing[0])
-    assert stack.metric("undertow_evaluated_total") == stack.metric("undertow_eligible_total") > 0
+    eventually(lambda: stack.metric("undertow_evaluated_total") == stack.metric("undertow_eligible_total") > 0)
     assert stack.metric("undertow_guard_failures_total") == 0
     assert stack.metric("undertow_tokens_scored_total") > 0
