@@ -80,5 +80,6 @@ def test_a_stream_carries_evidence_first_and_last(stack: Stack) -> None:
     assert lines[0].startswith(STREAM_PREFIX)
     assert lines[-1] == "data: [DONE]"
     first, last = (Evidence.from_json(line.removeprefix(STREAM_PREFIX)) for line in (lines[0], lines[-2]))
-    assert first.records[0].tokens_scored == first.records[0].prompt_tokens
-    assert last.records[0].tokens_scored > first.records[0].tokens_scored
+    # The engine does not wait for whoever asks: it may be a step further.
+    assert first.records[0].prompt_tokens <= first.records[0].tokens_scored <= last.records[0].tokens_scored
+    assert last.records[0].tokens_scored > last.records[0].prompt_tokens

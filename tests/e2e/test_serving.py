@@ -134,6 +134,12 @@ def test_an_answer_that_is_blocked_on_its_way_ends_before_the_token_that_gave_it
     pytest.fail(f"only {tried} of 60 answers scored above their prompts")
 
 
+def incidents(caplog: pytest.LogCaptureFixture, response: httpx.Response) -> list[dict[str, Any]]:
+    """What the log says of one request; lines of others may come between."""
+    lines = [record.__dict__["fields"] for record in caplog.records if record.getMessage() == "incident"]
+    return [fields for fields in lines if fields["request_id"] == response.headers["x-request-id"]]
+
+
 def scores(stack: Stack, text: str) -> tuple[str, ScoreEvidence, ScoreEvidence, int]:
     """What the model says unguarded, the density of prompt and answer, and the prompt's length in tokens."""
     body = {
@@ -173,10 +179,7 @@ def test_monitor_lets_pass_and_flags_in_header_metrics_and_log(
     assert organism.canary in response.json()["choices"][0]["message"]["content"]
     # Counted and logged once the answer is out.
     eventually(lambda: monitored.metric("undertow_decisions_total", action="flag", mode="monitor") > before)
-    eventually(lambda: any(record.getMessage() == "incident" for record in caplog.records))
-    [incident] = [record for record in caplog.records if record.getMessage() == "incident"]
-    assert incident.__dict__["fields"]["action"] == "flag"
-    assert incident.__dict__["fields"]["request_id"] == response.headers["x-request-id"]
+    eventually(lambda: [fields["action"] for fields in incidents(caplog, response)] == ["flag"])
 
 
 async def test_a_mixed_batch_of_32_gets_each_its_own_verdict(
