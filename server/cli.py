@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from guard.errors import InputError, UndertowError
+from server.signals import termination_as_interrupt
 
 COMMANDS = (
     "guard.commands.organism",
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"`{arguments.command}` takes nothing after `--`, found {' '.join(extra)}")
     arguments.extra = extra
     try:
-        code: int = arguments.run(arguments)
+        with termination_as_interrupt():
+            code: int = arguments.run(arguments)
     except InputError as error:
         print(f"undertow: {error}", file=sys.stderr)
         return 2

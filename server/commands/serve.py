@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from guard.errors import ConfigError
@@ -54,14 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
 def run_server(settings: Settings) -> int:
     """Run the proxy in this process until SIGINT or SIGTERM; returns the exit code. Prints the URL once it listens.
 
-    Call it from the main thread. Raises ConfigError where the address cannot be taken, or where the settings name a
-    key's variable that is not set.
+    Call it from the main thread, under `signals.termination_as_interrupt`. Raises ConfigError where the address cannot
+    be taken, or where the settings name a key's variable that is not set.
     """
     from server.logs import configure
 
     configure(settings.log.level)
     server = make_server(settings)
-    with _listen(settings.listen) as listener, _termination_as_interrupt():
+    with _listen(settings.listen) as listener:
         host, port = listener.getsockname()[:2]
         print(f"undertow: listening on {_url(host, port)}/v1 (Ctrl-C ends it)", file=sys.stderr)
         try:
@@ -108,17 +104,3 @@ def _listen(listen: Listen) -> socket.socket:
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that what encloses the server (an engine process) is cleaned up too."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -9,7 +9,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,8 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
         engine.wait_until_up()
         settings = _settings(arguments, engine.url, fingerprint)
         # One command, one end: a server without its engine would only refuse.
-        threading.Thread(target=_end_with, args=(engine,), daemon=True).start()
-        run_server(settings)
+        ending = threading.Event()
+        threading.Thread(target=_end_with, args=(engine, ending), daemon=True).start()
+        try:
+            run_server(settings)
+        finally:
+            ending.set()
         died = engine.returncode
     if died is not None:
         raise EngineError(f"vLLM ended by itself with code {died}; its log is {log}")
@@ -88,11 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _end_with(engine: EngineProcess) -> None:
-    """Interrupt this process when the engine dies."""
-    while engine.returncode is None:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+def _end_with(engine: EngineProcess, ending: threading.Event) -> None:
+    """Interrupt this process when the engine dies, unless it is ending anyway."""
+    while not ending.wait(timeout=1):
+        if engine.returncode is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _settings(arguments: argparse.Namespace, url: str, fingerprint: str) -> Settings:

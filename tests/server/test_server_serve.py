@@ -17,9 +17,6 @@ from .fake_engine import FakeEngine, Script
 from .hosting import Host
 from .test_server_answers import CHAT, chat_body
 
-START = "import sys; from server.commands import serve; import argparse; p = argparse.ArgumentParser(); "
-START += "serve.add_parser(p.add_subparsers()); a = p.parse_args(); sys.exit(a.run(a))"
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_prints_its_url_and_ends_cleanly_on_a_signal(
@@ -28,7 +25,7 @@ def test_serve_prints_its_url_and_ends_cleanly_on_a_signal(
     config = tmp_path / "undertow.yaml"
     config.write_text("version: 1\n")
     engine.script = Script(blocked={0: 3})
-    line = [sys.executable, "-c", START, "serve", "--config", str(config), "--port", "0"]
+    line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0"]
     with subprocess.Popen(
         [*line, "--upstream", played[1].url], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
     ) as process:
