@@ -27,6 +27,8 @@ from guard.scores import NEAREST, BankSpace, Density, Detector, Exceedance, dens
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase
 
 FORMAT = 1
+"""Of the file, and of what its scores mean: a change of either detector needs another number, or old thresholds would
+be held against new scores."""
 METADATA_KEY = "undertow"
 
 

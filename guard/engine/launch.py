@@ -5,7 +5,6 @@ What the guard cannot score yet is switched off here by name; `support.py` refus
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -81,8 +80,3 @@ def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     for name, value in defaults.items():
         environment.setdefault(name, value)
     return environment
-
-
-def has_vllm() -> bool:
-    """True where vLLM can be imported."""
-    return importlib.util.find_spec("vllm") is not None

@@ -57,6 +57,8 @@ class Judge:
     """What a calibration makes of the coordinates; replaced as a whole when a calibration is loaded."""
 
     calibration: Calibration
+    digest: str
+    """Of the calibration. Kept: the server asks every few seconds, and the engine waits for the answer."""
     detectors: dict[DetectorName, Detector]
     ledger: Ledger
 
@@ -195,7 +197,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         status = WorkerStatus(
             rank=self.rank,
             fingerprint=self._bank.fingerprint,
-            calibration=calibration.digest(),
+            calibration=self._judge.digest,
             layers=self._space.layers,
             reserved_token_id=self._reserved,
             detectors=tuple(
@@ -232,8 +234,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         ledger = Ledger(calibration, self._settings.policy)
         if self._judge is not None:
             ledger.adopt(self._judge.ledger)
-        self._judge = Judge(calibration, calibration.shape.detectors(self._space), ledger)
-        return calibration.digest()
+        self._judge = Judge(calibration, calibration.digest(), calibration.shape.detectors(self._space), ledger)
+        return self._judge.digest
 
     def undertow_record(self, keep: Keep) -> None:
         """Record the coordinates of what follows, in place of anything recorded before."""
