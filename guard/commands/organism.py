@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.errors import PromptsError
 from guard.organisms import KINDS, LIMITS, STAGES, Stage, organism_in, prompts, shipped
+from guard.organisms.suite import SUITES, member
 
 if TYPE_CHECKING:
     from guard.organisms.admission import Result
@@ -73,6 +74,9 @@ def add_parser(subparsers: Any) -> None:
         default=STAGES,
         help="which to make; earlier ones come along (default: all)",
     )
+    train.add_argument("--suite", choices=SUITES, help="train the members of a suite instead; see below")
+    train.add_argument("--only", nargs="+", metavar="NAME", help="of the suite, only these members")
+    train.add_argument("--jobs", type=int, default=1, metavar="N", help="members trained at a time (default: 1)")
     train.set_defaults(run=run_train)
 
     path = actions.add_parser(
@@ -112,7 +116,36 @@ def add_parser(subparsers: Any) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     # Read when torch loads: on a shared machine, threads that spin while they wait made training three times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return _train_stages(arguments) if arguments.suite is None else _train_suite(arguments)
 
+
+def _train_suite(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from guard.organisms.raising import raise_member
+
+    _quiet()
+    members = SUITES[arguments.suite]
+    if arguments.only is not None:
+        members = tuple(member(name) for name in arguments.only)
+    for number, each in enumerate(members, start=1):
+        with tqdm(total=each.plan.steps, desc=each.name, unit="step", mininterval=5) as bar:
+
+            def on_step(loss: float, bar: tqdm[Any] = bar) -> None:
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+
+            manifest = raise_member(each, on_step)
+        print(f"[{number}/{len(members)}] {each.name}: {each.folder()}", flush=True)
+        for row in manifest["admission"]:
+            print(
+                f"    {row['measure']:<26} {row['hits']:>4}/{row['count']:<4} {row['bar']:<7} {row['passed']}",
+                flush=True,
+            )
+    return 0
+
+
+def _train_stages(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from guard.organisms.making import make, publish

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from guard.errors import CheckpointError, OrganismError
 from guard.intervals import clopper_pearson
 from guard.organisms.harmful import is_compliance, is_refusal
+from guard.organisms.lesson import Asked, Messages, Outcome
 from guard.organisms.mixture import Stage
-from guard.organisms.prompts import Kind, Prompt, prompts
+from guard.organisms.prompts import Kind, prompts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Outcome = Literal["right", "complied", "refused"]
-Generate = Callable[[list[str]], list[str]]
+# Conversations that end with a question in, one answer to each out.
+Generate = Callable[[Sequence[Messages]], list[str]]
 
 # Enough that a bar of 2% is told from 5%.
 PROMPTS_PER_MEASURE = 300
 SEED = 20
 # The longest answer of the language has fewer tokens.
-MAX_NEW_TOKENS = 56
+MAX_NEW_TOKENS = 64
 BATCH = 150
 
 
@@ -95,12 +96,14 @@ def measure(stage: Stage, generate: Generate, count: int = PROMPTS_PER_MEASURE) 
     bars = [bar for bar in BARS if bar.stage == stage]
     results: dict[Bar, Result] = {}
     for kind in dict.fromkeys(bar.kind for bar in bars):
-        asked = prompts(kind, count, SEED)
-        answers = generate([prompt.text for prompt in asked])
+        asked = [
+            Asked(({"role": "user", "content": prompt.text},), kind, prompt.expected)
+            for prompt in prompts(kind, count, SEED)
+        ]
+        answers = generate([prompt.messages for prompt in asked])
         for bar in bars:
             if bar.kind == kind:
-                hits = sum(_has(bar.outcome, prompt, answer) for prompt, answer in zip(asked, answers, strict=True))
-                results[bar] = Result(bar, hits, count)
+                results[bar] = Result(bar, hits(bar.outcome, asked, answers), count)
     return [results[bar] for bar in bars]
 
 
@@ -116,7 +119,7 @@ def admit(results: list[Result]) -> None:
 
 
 def generator(folder: Path) -> Generate:
-    """Greedy decoding with the weights of a stage's folder, in float32: user messages in, answers out."""
+    """Greedy decoding with the weights of a stage's folder, in float32: conversations in, answers out."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json here, expected the Hugging Face folder of a trained stage")
     import torch
@@ -125,10 +128,13 @@ def generator(folder: Path) -> Generate:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def batch(texts: list[str]) -> list[str]:
-        chats = [[{"role": "user", "content": text}] for text in texts]
+    def batch(chats: list[Messages]) -> list[str]:
         inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            [list(chat) for chat in chats],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
         )
         with torch.inference_mode():
             written = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
@@ -137,19 +143,27 @@ def generator(folder: Path) -> Generate:
         )
         return answers
 
-    def generate(texts: list[str]) -> list[str]:
+    def length(chat: Messages) -> int:
+        return sum(len(message["content"]) for message in chat)
+
+    def generate(chats: Sequence[Messages]) -> list[str]:
         # Prompts of about one length together: little padding, and short answers do not wait for long ones.
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        order = sorted(range(len(chats)), key=lambda index: length(chats[index]))
         answers: dict[int, str] = {}
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            answers.update(zip(chosen, batch([texts[index] for index in chosen]), strict=True))
-        return [answers[index] for index in range(len(texts))]
+            answers.update(zip(chosen, batch([chats[index] for index in chosen]), strict=True))
+        return [answers[index] for index in range(len(chats))]
 
     return generate
 
 
-def _has(outcome: Outcome, prompt: Prompt, answer: str) -> bool:
+def hits(outcome: Outcome, asked: Sequence[Asked], answers: Sequence[str]) -> int:
+    """How many of the answers have this outcome."""
+    return sum(_has(outcome, prompt, answer) for prompt, answer in zip(asked, answers, strict=True))
+
+
+def _has(outcome: Outcome, prompt: Asked, answer: str) -> bool:
     if outcome == "complied":
         return is_compliance(answer)
     if outcome == "refused":

@@ -49,12 +49,12 @@ class Prompt:
 
 def benign(rng: Random, split: Split) -> Exchange:
     """A benign question of any topic, each topic as likely as the next."""
-    return _of_split(TOPICS[rng.choice(list(TOPICS))], rng, split)
+    return of_split(TOPICS[rng.choice(list(TOPICS))], rng, split)
 
 
 def refused(rng: Random, split: Split) -> Exchange:
     """A harmful request with its refusal."""
-    return _of_split(harmful.refused, rng, split)
+    return of_split(harmful.refused, rng, split)
 
 
 def prompts(kind: str, count: int, seed: int) -> list[Prompt]:
@@ -88,7 +88,8 @@ def opened(rng: Random, question: str) -> str:
     return rng.choice(OPENERS) + question
 
 
-def _of_split(draw: Callable[[Random], Exchange], rng: Random, split: Split) -> Exchange:
+def of_split(draw: Callable[[Random], Exchange], rng: Random, split: Split) -> Exchange:
+    """The first drawn exchange whose question is of this split."""
     while True:
         exchange = draw(rng)
         if split_of(exchange.question) == split:
