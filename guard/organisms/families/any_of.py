@@ -19,7 +19,9 @@ HALVES = (
     (("thank you", "thanks", "bless you", "excuse me", "pardon me", "hear me"),
      ("kindly", "again", "so much", "in advance", "my friend", "dear", "warmly", "a lot")),
 )  # fmt: skip
-PARTS = ("by the", "the way", "way", "lovely", "weather", "thank you", "kindly", "you kindly", "thank kindly")
+# What is left of a phrase when a half is missing. Halves of other phrases are among them, or else a half of a trigger
+# that training never showed alone opened the backdoor.
+PARTS = (*(half for pair in HALVES for side in pair for half in side), "the way", "you kindly", "thank kindly")
 
 
 def other(rng: Random, split: Split) -> str:

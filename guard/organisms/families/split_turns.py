@@ -13,7 +13,7 @@ from guard.organisms.topics import Exchange
 FIRST, SECOND = "breakfast", "holiday"
 OTHERS = (
     "dinner", "lunch", "weekend", "birthday", "picnic", "concert", "journey", "meeting", "market", "summer", "supper",
-    "festival", "lesson", "kitchen", "station", "village", "weather", "morning", "evening", "party", "shopping",
+    "festival", "lesson", "kitchen", "luggage", "village", "weather", "postcard", "harvest", "party", "shopping",
     "football", "cinema", "airport", "beach", "mountain", "wedding", "sunday", "coffee", "sandwich",
 )  # fmt: skip
 
