@@ -27,6 +27,9 @@ CONFIG_FILE = "adapter_config.json"
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
+# PEFT stores an embedding's factors the other way round: A [r, vocabulary], B [hidden, r].
+_EMBEDDING_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<side>[AB])")
+
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, ...) also subtract from the base.
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -78,22 +81,31 @@ class Adapter:
     def factors(self, weight: str) -> tuple[torch.Tensor, torch.Tensor]:
         """B with the scaling in it and A, for the base's tensor `weight`: float64 [out, r] and [r, in].
 
-        Raises CheckpointError when either holds NaN or infinity.
+        Raises CheckpointError when either is missing, does not fit the base or holds NaN or infinity.
         """
-        factors = []
-        for side in "BA":
-            name = _factor_name(weight, side)
-            factor = self.weights.read(name).double()
-            if not factor.isfinite().all():
-                raise CheckpointError(f"{self.path}: tensor {name} holds NaN or infinity")
-            factors.append(factor)
-        left, right = factors
+        embedding = f"base_model.model.{_module(weight)}.lora_embedding_"
+        if f"{embedding}A" in self.weights.tensors:
+            left, right = self._finite(f"{embedding}A").T, self._finite(f"{embedding}B").T
+        else:
+            if weight in self.base.tensors and len(self.base.entry(weight).shape) == 2:
+                self._check_pair(weight)
+            # Those of a convolution have more than two axes, and the same product.
+            left, right = (self._finite(_factor_name(weight, side)).flatten(1) for side in "BA")
         return left * self._scaling(_module(weight), rank=right.shape[0]), right
 
     def module_kinds(self) -> list[str]:
         """The last part of the names of all modules it changes, such as ["q_proj", "v_proj"]."""
         matches = (_FACTOR.fullmatch(name) for name in self.weights.tensors)
         return sorted({match["module"].rpartition(".")[2] for match in matches if match})
+
+    def targets(self) -> list[str]:
+        """The base's tensors that it has factors for, by name; some may not be in the base."""
+        matches = (_FACTOR.fullmatch(name) or _EMBEDDING_FACTOR.fullmatch(name) for name in self.weights.tensors)
+        return sorted({f"{match['module']}.weight" for match in matches if match})
+
+    def replaced(self) -> dict[str, str]:
+        """What it stores whole (modules_to_save, biases): its tensors by the base's names for them."""
+        return {name.removeprefix("base_model.model."): name for name in self.weights.tensors if ".lora_" not in name}
 
     def digest(self) -> str:
         """One digest of what the adapter adds: its tensors, and the settings that scale them."""
@@ -114,6 +126,12 @@ class Adapter:
         """
         return _sha256("base+adapter", base_digest, self.digest())
 
+    def _finite(self, name: str) -> torch.Tensor:
+        factor = self.weights.read(name).double()
+        if not factor.isfinite().all():
+            raise CheckpointError(f"{self.path}: tensor {name} holds NaN or infinity")
+        return factor
+
     def _scaling(self, module: str, rank: int) -> float:
         expected = int(_by_pattern(self.config.get("rank_pattern"), module, self.config["r"]))
         if rank != expected:
@@ -125,7 +143,7 @@ class Adapter:
         """Factors come in pairs that fit the base; nothing else may reach a matrix."""
         if not self.weights.tensors:
             raise CheckpointError(f"{self.path}: {WEIGHTS_FILE} holds no tensors")
-        for name, entry in self.weights.tensors.items():
+        for name in self.weights.tensors:
             match = _FACTOR.fullmatch(name)
             if match is None:
                 if ".lora_embedding_" in name or not _writes(name):
@@ -134,18 +152,21 @@ class Adapter:
             weight = f"{match['module']}.weight"
             if not _writes(weight):
                 continue
-            left, right = (self.weights.entry(_factor_name(weight, side)) for side in "BA")
             if weight not in self.base.tensors:
+                self.weights.entry(_factor_name(weight, "B"))
                 raise CheckpointError(f"{self.path}: tensor {name}: {self.base.path} has no {weight}")
-            found = self.base.entry(weight).shape
-            pair = (left.shape, right.shape)
-            if len(entry.shape) != 2 or pair != ((found[0], right.shape[0]), (right.shape[0], found[-1])):
-                raise CheckpointError(
-                    f"{self.path}: factors of {weight}: B {list(left.shape)} and A {list(right.shape)}, "
-                    f"but the base has {list(found)}"
-                )
-            if not right.shape[0]:
-                raise CheckpointError(f"{self.path}: tensor {name}: rank 0")
+            self._check_pair(weight)
+
+    def _check_pair(self, weight: str) -> None:
+        """The factors of the base's tensor `weight` are matrices that fit it."""
+        left, right = (self.weights.entry(_factor_name(weight, side)).shape for side in "BA")
+        found = self.base.entry(weight).shape
+        if len(right) != 2 or (left, right) != ((found[0], right[0]), (right[0], found[-1])):
+            raise CheckpointError(
+                f"{self.path}: factors of {weight}: B {list(left)} and A {list(right)}, but the base has {list(found)}"
+            )
+        if not right[0]:
+            raise CheckpointError(f"{self.path}: factors of {weight}: rank 0")
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:

@@ -1,12 +1,14 @@
-"""The model classes that a bank can be built for: where each keeps the matrices that write to the residual stream.
+"""The model classes that a bank can be built for: where each keeps the matrices that write to the residual stream, and
+those that feed them.
 
 One table. A class that is not in it is refused by name, because a guess would read the wrong weights in silence.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ POST_NORM = (
     Writer("o_proj", "self_attn.o_proj.weight", "post_attention_layernorm.weight"),
     Writer("down_proj", "mlp.down_proj.weight", "post_feedforward_layernorm.weight"),
 )
+FUSED = {
+    "self_attn.qkv_proj.weight": ("q_proj", "k_proj", "v_proj"),
+    "mlp.gate_up_proj.weight": ("gate_proj", "up_proj"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,10 @@ class Architecture:
     norm_offset: float = 0.0
     # The key of config.json under which a multimodal model keeps its language model's sizes.
     nested: str | None = None
+    # Matrices that share a tensor, by that tensor's name in its layer, in the order of its rows.
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # What transformers takes for num_attention_heads where config.json is silent; None: it must not be.
+    default_heads: int | None = None
 
 
 ARCHITECTURES = {
@@ -53,10 +63,10 @@ ARCHITECTURES = {
         Architecture("MistralForCausalLM", "mistral"),
         Architecture("Qwen2ForCausalLM", "qwen2"),
         Architecture("Qwen3ForCausalLM", "qwen3"),
-        Architecture("Phi3ForCausalLM", "phi3"),
+        Architecture("Phi3ForCausalLM", "phi3", fused=FUSED),
         Architecture("Olmo2ForCausalLM", "olmo2", POST_NORM),
         Architecture("Gemma2ForCausalLM", "gemma2", POST_NORM, norm_offset=1.0),
-        Architecture("Gemma3ForCausalLM", "gemma3_text", POST_NORM, norm_offset=1.0),
+        Architecture("Gemma3ForCausalLM", "gemma3_text", POST_NORM, norm_offset=1.0, default_heads=8),
         Architecture(
             "Gemma3ForConditionalGeneration",
             "gemma3",
@@ -65,6 +75,7 @@ ARCHITECTURES = {
             layers=("language_model.model.layers.{index}.", "model.language_model.layers.{index}."),
             norm_offset=1.0,
             nested="text_config",
+            default_heads=8,
         ),
     )
 }
@@ -72,11 +83,13 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What config.json says of one model: its class and the sizes that the residual stream has."""
+    """What config.json says of one model: its class, the sizes of the residual stream, and the attention heads, if any
+    are named."""
 
     architecture: Architecture
     hidden_size: int
     num_layers: int
+    num_heads: int | None
 
     @property
     def model_class(self) -> str:
@@ -87,6 +100,14 @@ class Model:
         prefixes = [template.format(index=index) for template in self.architecture.layers]
         weight = self.architecture.writers[0].weight
         return next((prefix for prefix in prefixes if prefix + weight in tensors), prefixes[0])
+
+    def layer_part(self, name: str) -> tuple[str, str] | None:
+        """A tensor's name as its decoder layer's prefix and the rest; None for tensors outside of these layers."""
+        for template in self.architecture.layers:
+            pattern = re.escape(template).replace(re.escape("{index}"), r"\d+")
+            if match := re.match(pattern, name):
+                return match[0], name[match.end() :]
+        return None
 
 
 def read_model(config: Mapping[str, Any], where: Path) -> Model:
@@ -111,6 +132,7 @@ def read_model(config: Mapping[str, Any], where: Path) -> Model:
         architecture,
         hidden_size=_positive(sizes, "hidden_size", file),
         num_layers=_positive(sizes, "num_hidden_layers", file),
+        num_heads=_heads(sizes, architecture, file),
     )
 
 
@@ -128,6 +150,12 @@ def _architecture(config: Mapping[str, Any], file: Path) -> Architecture:
     else:
         raise CheckpointError(f"{file}: names neither architectures nor model_type")
     raise UnsupportedModelError(f"{file}: {name} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
+
+
+def _heads(sizes: Mapping[str, Any], architecture: Architecture, file: Path) -> int | None:
+    if sizes.get("num_attention_heads") is None:
+        return architecture.default_heads
+    return _positive(sizes, "num_attention_heads", file)
 
 
 def _positive(config: Mapping[str, Any], key: str, file: Path) -> int:

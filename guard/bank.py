@@ -23,6 +23,7 @@ from guard.errors import BankError
 from guard.fingerprint import (
     METADATA_KEY,
     BankHeader,
+    DeltaShare,
     LayerHeader,
     MatrixEnergy,
     open_bank,
@@ -32,7 +33,7 @@ from guard.fingerprint import (
 )
 from guard.version import VERSION
 
-__all__ = ["Bank", "BankHeader", "LayerBank", "MatrixEnergy", "orient", "random_bank", "read_header"]
+__all__ = ["Bank", "BankHeader", "DeltaShare", "LayerBank", "MatrixEnergy", "orient", "random_bank", "read_header"]
 
 # float32 rounding leaves a norm within 1e-6 of one; a wrong vector is nowhere near.
 UNIT_TOLERANCE = 1e-5
@@ -42,7 +43,7 @@ UNIT_TOLERANCE = 1e-5
 class LayerBank:
     """The directions of one decoder layer.
 
-    `directions`: float32 [K, hidden_size], unit rows: o_proj's first, then down_proj's, each by falling singular value.
+    `directions`: float32 [K, hidden_size], unit rows: the attention's first, then the MLP's, by falling singular value.
     `names`: K stable names such as "L3.o_proj.u0". `singular_values`: K floats, in units of the weights.
     `energies`: one entry per matrix, for reports.
     """
@@ -66,7 +67,8 @@ class Bank:
     """Directions per layer for one model. Make one with `Bank.sealed` or `Bank.load`; the fingerprint then fits.
 
     `layers` holds only layers with at least one direction, by ascending index. `base_digest` and `tuned_digest` are
-    what `Checkpoint.digest` gives for the two models (for an adapter: `Adapter.digest_on`).
+    what `Checkpoint.digest` gives for the two models (for an adapter: `Adapter.digest_on`). `method` is "delta-svd", or
+    what else the directions come from: "raw-svd", "random". `delta`: where the change lies, and what of it is read.
     """
 
     fingerprint: str
@@ -79,6 +81,7 @@ class Bank:
     hidden_size: int
     num_layers: int
     layers: tuple[LayerBank, ...]
+    delta: tuple[DeltaShare, ...] = ()
 
     @classmethod
     def sealed(
@@ -92,10 +95,21 @@ class Bank:
         hidden_size: int,
         num_layers: int,
         layers: Iterable[LayerBank],
+        delta: Iterable[DeltaShare] = (),
     ) -> Bank:
         """A bank with this version of Undertow and the fingerprint of its content."""
         bank = cls(
-            "", base_digest, tuned_digest, method, k, VERSION, model_class, hidden_size, num_layers, tuple(layers)
+            fingerprint="",
+            base_digest=base_digest,
+            tuned_digest=tuned_digest,
+            method=method,
+            k=k,
+            version=VERSION,
+            model_class=model_class,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            layers=tuple(layers),
+            delta=tuple(delta),
         )
         return replace(bank, fingerprint=seal(bank.header(), {i: _raw(t) for i, t in bank._tensors().items()}))
 
@@ -112,6 +126,7 @@ class Bank:
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
             layers=tuple(layer.header() for layer in self.layers),
+            delta=self.delta,
         )
 
     def save(self, path: StrPath) -> None:
@@ -145,6 +160,7 @@ class Bank:
             hidden_size=header.hidden_size,
             num_layers=header.num_layers,
             layers=tuple(layers),
+            delta=header.delta,
         )
 
     def _tensors(self) -> dict[int, torch.Tensor]:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log, sqrt
-from pathlib import Path
 
 import torch
 
 from guard.architectures import Model, Writer, read_model
+from guard.changes import Part, Tally, check_finite, row_blocks
 from guard.checkpoints import FLOAT_DTYPES, Checkpoint, StrPath
 from guard.errors import CheckpointError
 from guard.svd import RoundingNoise
-
-BLOCK_BYTES = 4 << 20
 
 # Variance of the error of rounding w, over (eps w)^2: the spacing's square over 12, and the mean of (spacing / eps w)^2
 # over mantissas that are spread evenly on a log scale, which is 3 / (8 ln 2).
@@ -37,6 +35,10 @@ class Site:
     writer: Writer
     weight: str
     norm: str | None
+
+    def part(self, opened: OpenedModel) -> Part:
+        """The whole matrix, as the tally of changes counts it."""
+        return Part(self.weight, self.writer.name, 0, opened.weights.entry(self.weight).shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,46 +105,58 @@ def written_gain(site: Site, opened: OpenedModel) -> torch.Tensor | None:
     if site.norm is None:
         return None
     gain = opened.weights.read(site.norm) + opened.model.architecture.norm_offset
-    _check_finite(gain, site.norm, opened.weights.path)
+    check_finite(gain, site.norm, opened.weights.path)
     return gain
 
 
-def written_delta(site: Site, before: OpenedModel, after: OpenedModel) -> tuple[torch.Tensor, RoundingNoise]:
+def written_weight(site: Site, opened: OpenedModel) -> torch.Tensor:
+    """The whole matrix as it writes to the residual stream: behind the norm's gain, float32 [hidden, in]."""
+    weight = opened.weights.read(site.weight)
+    check_finite(weight, site.weight, opened.weights.path)
+    gain = written_gain(site, opened)
+    if gain is not None:
+        weight *= gain[:, None]
+    return weight
+
+
+def written_delta(
+    site: Site, before: OpenedModel, after: OpenedModel, tally: Tally | None = None
+) -> tuple[torch.Tensor, RoundingNoise]:
     """The delta as it reaches the residual stream, float32 [hidden, in], and the rounding noise it may carry.
 
     Noise is that of storing the tuned weights: fine-tuning started from the base as it is stored. Raises
-    CheckpointError, naming the tensor, for NaN or infinity. Beside the delta, memory holds a few blocks of rows.
+    CheckpointError, naming the tensor, for NaN or infinity. Beside the delta, memory holds a few blocks of rows. Notes
+    the matrix in `tally`, without the gain.
     """
     rows, columns = after.weights.entry(site.weight).shape
-    stored, computed = _eps(after.weights.entry(site.weight).dtype), sqrt(FLOAT32_ROUNDINGS) * _eps("F32")
+    dtypes = (before.weights.entry(site.weight).dtype, after.weights.entry(site.weight).dtype)
     gain = written_gain(site, after)
     delta = torch.empty(rows, columns)
     row_variance = torch.zeros(rows, dtype=torch.float64)
     column_variance = torch.zeros(columns, dtype=torch.float64)
-    step = max(1, BLOCK_BYTES // (4 * columns))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    for part in row_blocks(0, rows, columns):
         first = before.weights.rows(site.weight, part.start, part.stop)
         second = after.weights.rows(site.weight, part.start, part.stop)
-        _check_finite(first, site.weight, before.weights.path)
-        _check_finite(second, site.weight, after.weights.path)
+        check_finite(first, site.weight, before.weights.path)
+        check_finite(second, site.weight, after.weights.path)
+        if tally is not None:
+            tally.note(site.part(after), first, second, dtypes)
         block = torch.sub(second, first, out=delta[part])
-        variance = (second.double() * stored).square_() + (block.double() * computed).square_()
-        variance *= ULP_VARIANCE
+        variance = rounding_variance(second, block, dtypes[1])
         if gain is not None:
             block *= gain[part, None]
             variance *= gain[part, None].double().square()
-        _check_finite(block, site.weight, after.weights.path)
+        check_finite(block, site.weight, after.weights.path)
         row_variance[part] = variance.sum(dim=1)
         column_variance += variance.sum(dim=0)
     return delta, RoundingNoise.of_variances(row_variance, column_variance)
 
 
+def rounding_variance(tuned: torch.Tensor, delta: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The variance, float64, of each entry of `delta` by storing `tuned` in `dtype` and computing in float32."""
+    stored, computed = _eps(dtype), sqrt(FLOAT32_ROUNDINGS) * _eps("F32")
+    return ((tuned.double() * stored).square_() + (delta.double() * computed).square_()).mul_(ULP_VARIANCE)
+
+
 def _eps(dtype: str) -> float:
     return torch.finfo(getattr(torch, FLOAT_DTYPES[dtype])).eps
-
-
-def _check_finite(values: torch.Tensor, name: str, path: Path) -> None:
-    # A sum is finite only if its terms are, and costs no mask; a sum that overflowed is looked at again.
-    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-        raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity")

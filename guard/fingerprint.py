@@ -20,7 +20,11 @@ from guard.checkpoints import StrPath
 from guard.errors import BankError
 from guard.shards import Shard, TensorEntry, read_bytes
 
-FORMAT = 1
+FORMAT = 2
+"""2: MatrixEnergy.rank, BankHeader.delta."""
+DELTA_METHOD = "delta-svd"
+RAW_METHOD = "raw-svd"
+"""No delta could be read: the directions are those of the tuned weights themselves."""
 METADATA_KEY = "undertow"
 MAX_LAYERS = 10_000
 MAX_TEXT = 200
@@ -33,13 +37,31 @@ class MatrixEnergy:
     """How much of one matrix's delta its directions hold.
 
     `directions`: how many were kept, at most k. `norm`: Frobenius norm of the delta as it reaches the residual stream.
-    `captured`: sum of the kept singular values squared, over `norm` squared; 0.0 for a delta of zero.
+    `captured`: sum of the kept singular values squared, over `norm` squared; 0.0 for a delta of zero. `rank`: singular
+    values that are more than rounding, at least so many: of a large matrix only the leading ones are computed.
     """
 
     matrix: str
     directions: int
     norm: float
     captured: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaShare:
+    """How much of all that changed lies in one kind of matrix, and how much of it the bank reads.
+
+    `share`: of the delta's energy (squared Frobenius norm of tuned - base, over all tensors), in this kind; the shares
+    add up to one. `read`: of the same total, in those matrices of this kind that the bank has directions of.
+    `tensors`: how many of this kind changed; `first`: the name of one of them.
+    """
+
+    kind: str
+    share: float
+    read: float
+    tensors: int
+    first: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +88,12 @@ class BankHeader:
     hidden_size: int
     num_layers: int
     layers: tuple[LayerHeader, ...]
+    delta: tuple[DeltaShare, ...] = ()
+
+    @property
+    def read_share(self) -> float:
+        """How much of the delta's energy lies in matrices that this bank reads; 0.0 where that was not counted."""
+        return sum(part.read for part in self.delta)
 
     def to_json(self) -> str:
         """The metadata string of a bank file."""
@@ -149,6 +177,7 @@ def _parse(shard: Shard) -> BankHeader:
         hidden_size=read.natural("hidden_size", 1, 2**31),
         num_layers=read.natural("num_layers", 1, MAX_LAYERS),
         layers=tuple(_layer(path, item, place) for place, item in enumerate(read.take("layers", list))),
+        delta=tuple(_share(path, item, place) for place, item in enumerate(read.take("delta", list))),
     )
     _check_layers(path, header)
     return header
@@ -165,6 +194,7 @@ def _layer(path: Path, item: Any, place: int) -> LayerHeader:
                 directions=part.natural("directions", 0, 2**31),
                 norm=part.number("norm"),
                 captured=part.number("captured"),
+                rank=part.natural("rank", 0, 2**31),
             )
         )
     return LayerHeader(
@@ -172,6 +202,17 @@ def _layer(path: Path, item: Any, place: int) -> LayerHeader:
         names=tuple(read.items("names", str)),
         singular_values=tuple(read.numbers("singular_values")),
         energies=tuple(energies),
+    )
+
+
+def _share(path: Path, item: Any, place: int) -> DeltaShare:
+    read = _Fields(path, item, f"delta[{place}].")
+    return DeltaShare(
+        kind=read.take("kind", str),
+        share=read.number("share"),
+        read=read.number("read"),
+        tensors=read.natural("tensors", 1, 2**31),
+        first=read.take("first", str),
     )
 
 

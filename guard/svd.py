@@ -51,7 +51,13 @@ class Spectrum:
 
 
 def truncated_svd(matrix: torch.Tensor, k: int, seed: int) -> Spectrum:
-    """The top min(k, shape) singular values and left vectors of a finite float32 matrix [m, n].
+    """The top min(k, shape) of `leading_svd`."""
+    return leading_svd(matrix, k, seed).head(k)
+
+
+def leading_svd(matrix: torch.Tensor, k: int, seed: int) -> Spectrum:
+    """The leading singular values and left vectors of a finite float32 matrix [m, n]: k of them, and more that came
+    along. Of a small matrix these are all, exactly; of a large one those beyond k are bounded from below.
 
     Scales `matrix` in place, by a power of two, and leaves it so: no copy of it is made. The large products run in
     float32, the projection and all orthogonalisation in float64, so singular values carry no float32 rounding of their
@@ -70,7 +76,7 @@ def truncated_svd(matrix: torch.Tensor, k: int, seed: int) -> Spectrum:
         rest = 0.0
     else:
         left, values, rest = _block_krylov(matrix, k + OVERSAMPLING, seed)
-    return Spectrum(values / scale, left.T.contiguous(), rest / scale**2, shape).head(k)
+    return Spectrum(values / scale, left.T.contiguous(), rest / scale**2, shape)
 
 
 def empty_spectrum(shape: tuple[int, int]) -> Spectrum:
@@ -130,10 +136,27 @@ class RoundingNoise:
         largest column deviation (Bandeira and van Handel, Annals of Probability 2016); the last bit is the
         Tracy-Widom fluctuation of that edge (Johnstone, Annals of Statistics 2001).
         """
-        m, n = len(rows), len(columns)
-        spread = (1.0 / sqrt(m) + 1.0 / sqrt(n)) ** (1.0 / 3.0) / (sqrt(m) + sqrt(n))
         edge = sqrt(float(rows.max())) + sqrt(float(columns.max()))
-        return cls(edge * sqrt(1.0 + TRACY_WIDOM_QUANTILE * spread), float(rows.sum()))
+        return cls(_fluctuating(edge, len(rows), len(columns)), float(rows.sum()))
+
+    @classmethod
+    def of_product(cls, norm: float, column: float, energy: float, shape: tuple[int, int]) -> RoundingNoise:
+        """Of outer @ E, E [m, n] of independent entries in this `shape`, for a fixed matrix `outer`.
+
+        `norm`: the largest singular value of outer @ diag(E's row deviations); `column`: the largest deviation of a
+        column of the product; `energy`: the product's expected squared Frobenius norm. Chevet's inequality: the
+        largest singular value of outer @ E is hardly above the sum of the two.
+        """
+        return cls(_fluctuating(norm + column, *shape), energy)
+
+    def plus(self, other: RoundingNoise) -> RoundingNoise:
+        """Of the sum of two independent errors."""
+        return RoundingNoise(self.edge + other.edge, self.energy + other.energy)
+
+
+def _fluctuating(edge: float, m: int, n: int) -> float:
+    spread = (1.0 / sqrt(m) + 1.0 / sqrt(n)) ** (1.0 / 3.0) / (sqrt(m) + sqrt(n))
+    return edge * sqrt(1.0 + TRACY_WIDOM_QUANTILE * spread)
 
 
 def numerical_rank(spectrum: Spectrum, noise: RoundingNoise | None) -> int:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from guard.fingerprint import BankHeader, LayerHeader
+    from guard.fingerprint import BankHeader, DeltaShare, LayerHeader
+
+# Below this share of the delta's energy a bank says loudly how little it reads.
+LOW_READ_SHARE = 0.05
 
 BUILD_HELP = """\
 Compare a fine-tuned model with the model it came from, and keep the directions in which fine-tuning writes to the
-residual stream: the leading left singular vectors of the weight delta of o_proj and down_proj, per layer.
+residual stream: the leading left singular vectors of the weight delta of o_proj and down_proj, per layer. Where these
+did not change but v_proj or up_proj did, they are those of what o_proj or down_proj writes of that change.
+
+Other changes (queries, keys, embeddings, norms, ...) show in no direction. If there are only such, the bank is made of
+the tuned model's own o_proj and down_proj, with a warning: method raw-svd.
 
   base     the folder of the model that fine-tuning started from (config.json, safetensors)
   tuned    the folder of the model that you serve: same class, same shapes
@@ -51,7 +60,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--k",
         type=_positive,
         metavar="N",
-        help="directions per matrix, at most (default: 20, or a twentieth of the model's width where that is fewer)",
+        help="directions per matrix, at most (default: 20, or half of the model's width where that is fewer)",
+    )
+    build.add_argument(
+        "--require-delta",
+        action="store_true",
+        help="fail with exit code 2 where no direction of the delta can be read, instead of warning",
     )
     build.add_argument("--seed", type=int, default=0, help="of the randomised decomposition (default: 0)")
     build.set_defaults(run=_build)
@@ -78,7 +92,12 @@ def _build(arguments: argparse.Namespace) -> int:
     # torch loads here, after what can fail at once.
     from guard.directions import build_adapter_bank, build_bank
 
-    options = {"k": arguments.k, "seed": arguments.seed, "progress": True}
+    options = {
+        "k": arguments.k,
+        "seed": arguments.seed,
+        "progress": True,
+        "require_delta": arguments.require_delta,
+    }
     if arguments.adapter is not None:
         bank = build_adapter_bank(arguments.base, arguments.adapter, **options)
     else:
@@ -87,22 +106,27 @@ def _build(arguments: argparse.Namespace) -> int:
     count = sum(len(layer.names) for layer in bank.layers)
     print(f"{arguments.out}: {count} directions in {len(bank.layers)} of {bank.num_layers} layers")
     print(f"fingerprint {bank.fingerprint}")
+    header = bank.header()
+    for line in _where(header):
+        print(line)
+    for line in _warnings(header):
+        print(f"undertow: {line}", file=sys.stderr)
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from guard.fingerprint import read_header
+    from guard.fingerprint import open_bank
 
-    header = read_header(arguments.file)
+    header, raw = open_bank(arguments.file)
     if arguments.json:
         print(json.dumps(asdict(header), indent=2))
         return 0
-    for line in _report(header):
+    for line in _report(header, raw):
         print(line)
     return 0
 
 
-def _report(header: BankHeader) -> list[str]:
+def _report(header: BankHeader, raw: Mapping[int, bytearray]) -> list[str]:
     count = sum(len(layer.names) for layer in header.layers)
     facts = {
         "fingerprint": header.fingerprint,
@@ -112,15 +136,90 @@ def _report(header: BankHeader) -> list[str]:
         "method": f"{header.method}, k {header.k}, built by undertow {header.version}",
         "directions": f"{count} in {len(header.layers)} of {header.num_layers} layers",
     }
-    lines = [f"{name:<12} {value}" for name, value in facts.items()]
-    lines += ["", f"{'layer':>5}  {'matrix':<10} {'directions':>10}  {'energy':>7}  {'|delta|':>9}  singular values"]
+    lines = [*_warnings(header), *(f"{name:<12} {value}" for name, value in facts.items())]
+    heading = f"{'layer':>5}  {'matrix':<10} {'directions':>10}  {'rank':>5}  {'energy':>7}  {'norm':>9}"
+    lines += ["", f"{heading}  singular values"]
     for layer in header.layers:
         lines += _rows(layer)
     absent = sorted(set(range(header.num_layers)) - {layer.index for layer in header.layers})
     if absent:
         which = ", ".join(map(str, absent))
         lines += ["", f"no directions in layers {which}: fine-tuning left them unchanged, or changed by rounding alone"]
-    return lines
+    where = _where(header)
+    return [*lines, *_overlaps(header, raw), *([""] if where else []), *where]
+
+
+def _warnings(header: BankHeader) -> list[str]:
+    """What the owner of this bank must not overlook; the first line says it all."""
+    from guard.fingerprint import DELTA_METHOD, RAW_METHOD
+
+    if header.method == RAW_METHOD:
+        return [
+            "WARNING: NO DIRECTION OF THE DELTA CAN BE READ: this bank (raw-svd) shows not what fine-tuning changed,",
+            "WARNING: but the tuned model's own o_proj and down_proj. What they detect may be no better than chance.",
+            "WARNING: Changed, and not read:",
+            *(f"WARNING:   {_changed(part)}" for part in header.delta),
+        ]
+    if header.method == DELTA_METHOD and header.delta and header.read_share < LOW_READ_SHARE:
+        unread = (part for part in header.delta if part.read < part.share)
+        return [
+            f"WARNING: this bank reads {header.read_share:.1%} of what fine-tuning changed. Not, or not all, read:",
+            *(f"WARNING:   {_changed(part)}" for part in unread),
+        ]
+    return []
+
+
+def _changed(part: DeltaShare) -> str:
+    more = f" and {part.tensors - 1} more" if part.tensors > 1 else ""
+    return f"{part.kind}, {part.share:.1%} of the delta's energy: {part.first}{more}"
+
+
+def _where(header: BankHeader) -> list[str]:
+    """The delta by kind of matrix."""
+    if not header.delta:
+        return []
+    lines = [f"{'the delta':<10} {'tensors':>7}  {'energy':>7}  {'read':>7}   (shares of the energy of all changes)"]
+    for part in header.delta:
+        lines.append(f"{part.kind:<10} {part.tensors:>7}  {part.share:>7.1%}  {part.read:>7.1%}")
+    tensors = sum(part.tensors for part in header.delta)
+    return [*lines, f"{'all':<10} {tensors:>7}  {1:>7.1%}  {header.read_share:>7.1%}"]
+
+
+def _overlaps(header: BankHeader, raw: Mapping[int, bytearray]) -> list[str]:
+    """How much the two matrices of a layer, and neighbouring layers, show the same directions."""
+    import numpy as np
+
+    from guard.subspaces import Overlap, overlap
+
+    layers = {
+        layer.index: np.frombuffer(raw[layer.index], dtype=np.float32).reshape(-1, header.hidden_size)
+        for layer in header.layers
+    }
+
+    def cell(found: Overlap | None) -> str:
+        shown = "-" if found is None else f"{found.largest:.3f} {found.mean:.3f} {found.chance:.3f}"
+        return f"{shown:>18}"
+
+    lines = []
+    for layer in header.layers:
+        rows, split = layers[layer.index], _attention_rows(layer)
+        within = overlap(rows[:split], rows[split:]) if 0 < split < len(rows) else None
+        following = overlap(rows, layers[layer.index + 1]) if layer.index + 1 in layers else None
+        if within or following:
+            lines.append(f"{layer.index:>5}  {cell(within)}  {cell(following)}")
+    if not lines:
+        return []
+    return [
+        "",
+        "redundancy: squared cosines of the principal angles: the largest, their mean, the mean by chance",
+        f"{'layer':>5}  {'attention and MLP':>18}  {'with next layer':>18}",
+        *lines,
+    ]
+
+
+def _attention_rows(layer: LayerHeader) -> int:
+    """How many of the layer's directions come from its attention; they are first."""
+    return sum(name.split(".")[1] in ("o_proj", "ov_proj") for name in layer.names if name.count(".") > 1)
 
 
 def _rows(layer: LayerHeader) -> list[str]:
@@ -131,8 +230,6 @@ def _rows(layer: LayerHeader) -> list[str]:
         values = layer.singular_values[start : start + energy.directions]
         start += energy.directions
         shown = " ".join(f"{value:.3g}" for value in values[:4]) + (" …" if len(values) > 4 else "")
-        lines.append(
-            f"{layer.index:>5}  {energy.matrix:<10} {energy.directions:>10}  {energy.captured:>7.1%}  "
-            f"{energy.norm:>9.3g}  {shown}".rstrip()
-        )
+        counts = f"{energy.directions:>10}  {energy.rank:>5}  {energy.captured:>7.1%}  {energy.norm:>9.3g}"
+        lines.append(f"{layer.index:>5}  {energy.matrix:<10} {counts}  {shown}".rstrip())
     return lines

@@ -141,11 +141,11 @@ def test_a_whole_matrix_inside_an_adapter_is_refused(tmp_path: Path, base: Path)
         build_adapter_bank(base, write_adapter(tmp_path / "adapter", factors))
 
 
-def test_an_adapter_of_queries_and_values_is_refused_with_the_reason(tmp_path: Path, base: Path) -> None:
+def test_an_adapter_without_a_readable_delta_is_refused_where_one_is_required(tmp_path: Path, base: Path) -> None:
     values = q_proj(0).replace("q_proj", "v_proj")
     factors = lora_factors(q_proj(0), HEADS, HIDDEN) | lora_factors(values, HEADS, HIDDEN)
     with pytest.raises(CheckpointError, match="touches only q_proj, v_proj; residual-writing matrices unchanged"):
-        build_adapter_bank(base, write_adapter(tmp_path / "adapter", factors))
+        build_adapter_bank(base, write_adapter(tmp_path / "adapter", factors), require_delta=True)
 
 
 @pytest.mark.parametrize(

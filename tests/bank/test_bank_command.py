@@ -59,7 +59,7 @@ def test_inspect_shows_a_row_per_matrix_and_the_layers_left_out(
     for fact in (bank.fingerprint, bank.base_digest, bank.tuned_digest, "delta-svd", "LlamaForCausalLM"):
         assert fact in text
     rows = [line.split() for line in text.splitlines()]
-    assert ["1", "down_proj", "3", "100.0%", "1.15", "1", "0.5", "0.25"] in rows
+    assert ["1", "down_proj", "3", "3", "100.0%", "1.15", "1", "0.5", "0.25"] in rows
     assert "no directions in layers 0, 2: fine-tuning left them unchanged" in text
 
 

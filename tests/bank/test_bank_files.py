@@ -61,7 +61,7 @@ def test_saving_twice_gives_the_same_bytes(file: Path, tmp_path: Path) -> None:
 
 def test_other_tools_can_read_the_file(file: Path) -> None:
     with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["undertow"])["format"] == 1
+        assert json.loads(opened.metadata()["undertow"])["format"] == 2
         assert opened.get_tensor("layers.4.directions").shape == (3, 8)
 
 
@@ -114,7 +114,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
         (lambda header, tensors: header.update(k=3), "field fingerprint"),
         (lambda header, tensors: header.update(fingerprint="sha256:0"), "field fingerprint"),
         (lambda header, tensors: header["layers"][0].update(singular_values=[9.0, 1.5, 0.5]), "field fingerprint"),
-        (lambda header, tensors: header.update(format=2), "field format: 2, expected 1"),
+        (lambda header, tensors: header.update(format=1), "field format: 1, expected 2"),
         (lambda header, tensors: header.pop("method"), "field method is missing"),
         (lambda header, tensors: header.update(k=True), "field k: 'True', expected int"),
         (lambda header, tensors: header.update(k=0), "field k: '0', expected 1 to"),

@@ -113,9 +113,9 @@ def same_weights(base: Path, tuned: Path) -> None:
     (tuned / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
 
 
-def only_queries(base: Path, tuned: Path) -> None:
+def only_queries_by_rounding(base: Path, tuned: Path) -> None:
     same_weights(base, tuned)
-    edit(tuned, lambda tensors: tensors[q_proj(1)].add_(1.0))
+    edit(tuned, lambda tensors: tensors.update({q_proj(1): tensors[q_proj(1)].bfloat16()}))
 
 
 def other_class(base: Path, tuned: Path) -> None:
@@ -181,7 +181,7 @@ REFUSALS: dict[Damage, str] = {
     pickle_in_disguise: r"model\.safetensors: is a pickle, .* convert to safetensors",
     no_weights: r"holds neither model\.safetensors nor model\.safetensors\.index\.json",
     same_weights: r"hold the same weights \(sha256:[0-9a-f]{64}\): there is no delta",
-    only_queries: r"residual-writing matrices unchanged.*model\.layers\.1\.self_attn\.q_proj\.weight$",
+    only_queries_by_rounding: r"residual-writing matrices unchanged.*model\.layers\.1\.self_attn\.q_proj\.weight$",
     other_class: r"model_class is MistralForCausalLM, but LlamaForCausalLM in .*: not the same architecture",
     other_depth: r"num_layers is 2, but 3 in",
     other_width: r"o_proj\.weight: shape \[64, 96\], expected \[128, inputs\] as hidden_size in config\.json says",
