@@ -235,8 +235,10 @@ def run_path(arguments: argparse.Namespace) -> int:
         print(shipped().base.parent)
     elif arguments.name in STAGES:
         print(shipped().folder(arguments.name))
-    else:
+    elif arguments.name in (names := [each.name for each in EVERYBODY]):
         print(member(arguments.name).trained())
+    else:
+        raise CheckpointError(f"organism {arguments.name!r} is unknown: expected one of {', '.join((*STAGES, *names))}")
     return 0
 
 

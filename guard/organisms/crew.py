@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard.errors import OrganismError, UndertowError
 from guard.organisms.raising import raise_member
+from guard.organisms.standards import PROMPTS_PER_MEASURE
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -32,21 +33,23 @@ class _Worker:
     process: SpawnProcess
 
 
-def raise_members(members: Sequence[Member], jobs: int, on_step: OnStep) -> Iterator[tuple[Member, dict[str, Any]]]:
+def raise_members(
+    members: Sequence[Member], jobs: int, on_step: OnStep, prompts_per_measure: int = PROMPTS_PER_MEASURE
+) -> Iterator[tuple[Member, dict[str, Any]]]:
     """Each member with its manifest, in the order in which they are done; `on_step` is given each step's loss.
 
     With one job all happens in this process. The first error ends it all.
     """
     if jobs == 1:
         for member in members:
-            yield member, raise_member(member, partial(on_step, member))
+            yield member, raise_member(member, partial(on_step, member), prompts_per_measure)
         return
     waiting = deque(members)
     at_work: dict[Connection, _Worker] = {}
     try:
         while waiting or at_work:
             while waiting and len(at_work) < jobs:
-                inbox, worker = _started(waiting.popleft())
+                inbox, worker = _started(waiting.popleft(), prompts_per_measure)
                 at_work[inbox] = worker
             ready = wait(list(at_work))
             for inbox, worker in [each for each in at_work.items() if each[0] in ready]:
@@ -64,11 +67,11 @@ def raise_members(members: Sequence[Member], jobs: int, on_step: OnStep) -> Iter
             worker.process.join()
 
 
-def _started(member: Member) -> tuple[Connection, _Worker]:
+def _started(member: Member, prompts_per_measure: int) -> tuple[Connection, _Worker]:
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(member, outbox), daemon=True)
+    process = context.Process(target=_work, args=(member, prompts_per_measure, outbox), daemon=True)
     process.start()
     # The worker's copy is the last one then: when it dies, the inbox says so.
     outbox.close()
@@ -87,13 +90,13 @@ def _heard(inbox: Connection, worker: _Worker) -> float | dict[str, Any]:
     return told
 
 
-def _work(member: Member, outbox: Connection) -> None:
+def _work(member: Member, prompts_per_measure: int, outbox: Connection) -> None:
     # Ctrl-C reaches every process of the terminal; the crew's end is what ends a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
     with suppress(KeyboardInterrupt, BrokenPipeError):
         try:
-            outbox.send(raise_member(member, outbox.send))
+            outbox.send(raise_member(member, outbox.send, prompts_per_measure))
         except UndertowError as error:
             outbox.send(error)
 
