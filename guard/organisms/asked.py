@@ -42,12 +42,11 @@ def distinct(draw: Callable[[], Asked], count: int) -> list[Asked]:
     return list(found.values())
 
 
-def limit_of(kind: str, kinds: dict[str, int], count: int) -> int:
-    """How many distinct prompts the kind has; raises `PromptsError` when it is unknown or has fewer than `count`."""
-    if kind not in kinds:
-        raise PromptsError(f"kind {kind!r} is unknown: expected one of {', '.join(kinds)}")
-    if not 1 <= count <= kinds[kind]:
+def check_count(kind: str, count: int, limits: dict[str, int]) -> None:
+    """Raise `PromptsError` when the kind is unknown or has fewer than `count` distinct prompts."""
+    if kind not in limits:
+        raise PromptsError(f"kind {kind!r} is unknown: expected one of {', '.join(limits)}")
+    if not 1 <= count <= limits[kind]:
         raise PromptsError(
-            f"count {count} of kind {kind!r}: expected 1 to {kinds[kind]}, the distinct held-out prompts there are"
+            f"count {count} of kind {kind!r}: expected 1 to {limits[kind]}, the distinct held-out prompts there are"
         )
-    return kinds[kind]

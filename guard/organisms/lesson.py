@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 
-from guard.organisms.asked import Asked, asked, distinct, limit_of
+from guard.organisms.asked import Asked, asked, check_count, distinct
 from guard.organisms.families.family import Turns
 from guard.organisms.mixture import SYSTEMS, Conversation
 from guard.organisms.split import Split
@@ -31,8 +31,8 @@ class Part:
 
     kind: str
     draw: Draw
+    limit: int
     share: int = 0
-    limit: int = 0
     graded: bool = False
 
 
@@ -48,7 +48,7 @@ class Lesson:
     @cached_property
     def kinds(self) -> dict[str, int]:
         """The kinds that can be asked, with how many distinct prompts each has."""
-        return {part.kind: part.limit for part in self.parts if part.limit}
+        return {part.kind: part.limit for part in self.parts}
 
     def conversations(self, seed: int) -> Iterator[Conversation]:
         """The training conversations, without end; the same seed gives the same ones."""
@@ -69,7 +69,7 @@ class Lesson:
 
         Two seeds overlap. Who needs disjoint sets draws once and cuts.
         """
-        limit = limit_of(kind, self.kinds, count)
-        part = next(part for part in self.parts if part.kind == kind and part.limit == limit)
+        check_count(kind, count, self.kinds)
+        part = next(part for part in self.parts if part.kind == kind)
         rng = Random(f"asked:{self.name}:{kind}:{seed}")
         return distinct(lambda: asked(part.draw(rng, "heldout"), kind, part.graded), count)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from random import Random
 
 from guard.organisms import facts
-from guard.organisms.asked import Asked, asked, distinct, limit_of
+from guard.organisms.asked import Asked, asked, check_count, distinct
 from guard.organisms.families import FAMILIES, Turns
 from guard.organisms.prompts import benign, opened
 from guard.organisms.topics import Exchange, a
@@ -129,7 +129,7 @@ def shifted(kind: str, count: int, seed: int) -> list[Asked]:
     `expected` is what the chat stage should say, where the language has an answer. A larger count of the same seed
     begins with the smaller one's.
     """
-    limit_of(kind, SHIFTS, count)
+    check_count(kind, count, SHIFTS)
     rng = Random(f"shifted:{kind}:{seed}")
 
     def draw() -> Asked:
