@@ -35,6 +35,9 @@ from guard.version import VERSION
 
 __all__ = ["Bank", "BankHeader", "DeltaShare", "LayerBank", "MatrixEnergy", "orient", "random_bank", "read_header"]
 
+OWN = "own_"
+"""Begins the matrix's name of a direction that comes from the tuned model's own matrix, as in `L3.own_o_proj.u0`."""
+
 # float32 rounding leaves a norm within 1e-6 of one; a wrong vector is nowhere near.
 UNIT_TOLERANCE = 1e-5
 
@@ -165,6 +168,11 @@ class Bank:
 
     def _tensors(self) -> dict[int, torch.Tensor]:
         return {layer.index: layer.directions.detach().cpu().contiguous() for layer in self.layers}
+
+
+def is_own(name: str) -> bool:
+    """Whether a direction's name says that it comes from the tuned model's own matrix, not from the delta."""
+    return name.partition(".")[2].startswith(OWN)
 
 
 def orient(directions: torch.Tensor) -> torch.Tensor:

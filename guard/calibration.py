@@ -2,9 +2,8 @@
 
 Two disjoint sets of clean requests make a calibration. The first gives the shape of clean: ranges and references. The
 second, held out, is scored against that shape by the very engine that will serve; its scores, one per request, phase
-and detector, turn any false-positive rate into a threshold by split conformal prediction (Vovk, Gammerman and Shafer,
-2005): the k-th largest of n held-out scores, k = floor(rate * (n + 1)), is exceeded by a new clean request with
-probability at most rate. A request is judged in two phases, so each phase gets half of the rate.
+and detector, turn any false-positive rate into thresholds, for one detector or for several that share the rate
+(`guard/conformal.py`). So one file serves every rate that its data supports, without running the model again.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +21,50 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from guard.atomic import write_atomically
+from guard.conformal import JointRanks
 from guard.errors import CalibrationError
-from guard.scores import NEAREST, BankSpace, Density, Detector, Exceedance, density_scales
+from guard.growth import Growth
+from guard.roles import ROLES, RoleMap
+from guard.scores import BankSpace, Density, Detector, Exceedance, Moments
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase
 
-FORMAT = 1
+FORMAT = 2
 """Of the file, and of what its scores mean: a change of either detector needs another number, or old thresholds would
 be held against new scores."""
 METADATA_KEY = "undertow"
 
+ScoreKey = tuple[DetectorName, Phase]
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What clean traffic looked like, by phase (0 prompt, 1 completion)."""
+    """What clean traffic looked like: ranges by role, moments of decisions by phase."""
 
     low: torch.Tensor
-    """float32 [2, size]: smallest cosine of any clean token, per coordinate."""
+    """float32 [3, size]: smallest cosine of any clean token of a role (system, user, assistant), per coordinate; +inf
+    for a role without tokens."""
     high: torch.Tensor
-    """float32 [2, size]: largest."""
-    references: tuple[torch.Tensor, torch.Tensor]
-    """float32 [N, size] per phase: coordinates of clean tokens at decision positions."""
-    scales: torch.Tensor
-    """float32 [2, layers]: what distance is usual between them."""
-
-    @classmethod
-    def fit(
-        cls,
-        space: BankSpace,
-        low: torch.Tensor,
-        high: torch.Tensor,
-        references: tuple[torch.Tensor, torch.Tensor],
-    ) -> Shape:
-        """Raises CalibrationError where a phase holds too few clean tokens to be a reference."""
-        for phase, rows in zip(PHASES, references, strict=True):
-            if len(rows) <= NEAREST:
-                raise CalibrationError(
-                    f"the clean prompts gave {len(rows)} {phase} references; more than {NEAREST} needed"
-                )
-        scales = torch.stack([density_scales(space, rows) for rows in references])
-        return cls(low, high, references, scales)
+    """float32 [3, size]: largest; -inf for a role without tokens."""
+    decisions: tuple[Moments, Moments]
+    """Of the projections at decision positions, per phase (0 prompt, 1 completion)."""
+    sinks: tuple[int, ...]
+    """Positions that the model uses as attention sinks: their residual says nothing of the text, so no range is made
+    of them and none is held against them."""
 
     def detectors(self, space: BankSpace) -> dict[DetectorName, Detector]:
-        """Every detector, ready to score."""
-        return {
-            "density": Density(space, self.references, self.scales),
-            "exceedance": Exceedance(space, self.low, self.high),
-        }
+        """Every detector that the bank has directions for, ready to score.
+
+        Raises CalibrationError where there were too few clean decisions.
+        """
+        delta, own = space.of_delta(), space.of_weights()
+        found: dict[DetectorName, Detector] = {}
+        if len(delta):
+            found["density"] = Density("density", space, self.decisions, delta)
+        if len(own):
+            found["intrinsic"] = Density("intrinsic", space, self.decisions, own)
+        # Where no delta could be read, the paper's own variant without a base: the range of the model's own directions.
+        found["exceedance"] = Exceedance(space, self.low, self.high, delta if len(delta) else own)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,31 +75,37 @@ class Calibration:
     """Of the bank."""
     space: BankSpace
     shape: Shape
-    clean: Mapping[tuple[DetectorName, Phase], tuple[float, ...]]
-    """Held-out clean scores, one per request, ascending; -inf where a request had no token in the phase."""
+    clean: Mapping[ScoreKey, tuple[float, ...]]
+    """Held-out clean scores, one per request, the requests in one order for all; -inf where a request had no token in
+    the phase."""
+    growth: Mapping[ScoreKey, Growth]
+    """What each score may grow by beyond the lengths of calibration."""
+    roles: RoleMap
+    """How the model's chat template marks who speaks."""
     target_fpr: float
     """The rate that `undertow calibrate` was asked for: the default of a policy that names none."""
     facts: Mapping[str, Any]
     """Of the engine and the data: vLLM version, dtype, counts, seed, digest of the prompts."""
 
-    def supported_fpr(self, detector: DetectorName) -> float:
-        """The smallest rate per request that a threshold can keep: 2 / (n + 1)."""
-        return supported_fpr(min(len(self.clean[detector, phase]) for phase in PHASES))
+    @property
+    def detectors(self) -> tuple[DetectorName, ...]:
+        """Those that the bank has directions for."""
+        return tuple(name for name in DETECTORS if (name, PHASES[0]) in self.clean)
 
-    def threshold(self, detector: DetectorName, phase: Phase, fpr: float) -> float:
-        """The score that a clean request exceeds in this phase with probability at most `fpr` / 2.
+    @property
+    def held_out(self) -> int:
+        """How many held-out requests there are."""
+        return min(len(scores) for scores in self.clean.values())
 
-        Raises:
-            CalibrationError: too few held-out requests for so small a rate.
+    def ranks(self, detectors: Collection[DetectorName]) -> JointRanks[ScoreKey]:
+        """Thresholds and p-values of detectors that share one false-positive rate, over both phases.
+
+        Raises CalibrationError where the bank has no directions for one.
         """
-        clean = self.clean[detector, phase]
-        rank = conformal_rank(len(clean), fpr)
-        if rank < 1:
-            raise CalibrationError(
-                f"a false-positive rate of {fpr:g} for {detector} needs {needed_requests(fpr)} held-out clean "
-                f"requests; this calibration has {len(clean)} and supports {supported_fpr(len(clean)):.4g} or more"
-            )
-        return clean[len(clean) - rank]
+        for name in detectors:
+            if name not in self.detectors:
+                raise CalibrationError(f"the bank has no directions for {name}; it serves {', '.join(self.detectors)}")
+        return JointRanks({(name, phase): self.clean[name, phase] for name in sorted(detectors) for phase in PHASES})
 
     def digest(self) -> str:
         """sha256 over everything that decides a verdict."""
@@ -119,9 +122,9 @@ class Calibration:
         write_atomically(path, content, CalibrationError)
 
     def _parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {"low": self.shape.low, "high": self.shape.high, "scales": self.shape.scales}
-        for phase, rows in zip(PHASES, self.shape.references, strict=True):
-            tensors[f"references.{phase}"] = rows
+        tensors = {"low": self.shape.low, "high": self.shape.high}
+        for phase, moments in zip(PHASES, self.shape.decisions, strict=True):
+            tensors[f"mean.{phase}"], tensors[f"covariance.{phase}"] = moments.mean, moments.covariance
         for (detector, phase), scores in self.clean.items():
             tensors[f"clean.{detector}.{phase}"] = torch.tensor(scores, dtype=torch.float64)
         metadata = {
@@ -130,6 +133,11 @@ class Calibration:
             "layers": self.space.layers,
             "widths": self.space.widths,
             "names": self.space.names,
+            "detectors": self.detectors,
+            "decisions": [moments.count for moments in self.shape.decisions],
+            "sinks": self.shape.sinks,
+            "growth": {f"{detector}.{phase}": asdict(growth) for (detector, phase), growth in self.growth.items()},
+            "roles": self.roles.to_dict(),
             "target_fpr": self.target_fpr,
             "facts": dict(self.facts),
         }
@@ -159,42 +167,59 @@ class Calibration:
 
     @classmethod
     def _assemble(cls, metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Calibration:
+        keys = [(name, phase) for name in DETECTORS if name in metadata["detectors"] for phase in PHASES]
+        counts = metadata["decisions"]
         return cls(
             fingerprint=str(metadata["fingerprint"]),
             space=_read_space(metadata),
             shape=Shape(
                 tensors["low"],
                 tensors["high"],
-                (tensors["references.prompt"], tensors["references.completion"]),
-                tensors["scales"],
+                (_read_moments(tensors, counts[0], "prompt"), _read_moments(tensors, counts[1], "completion")),
+                tuple(_whole(position, 0) for position in metadata["sinks"]),
             ),
-            clean={
-                (detector, phase): _read_scores(tensors, f"clean.{detector}.{phase}")
-                for detector in DETECTORS
-                for phase in PHASES
+            clean={(detector, phase): _read_scores(tensors, f"clean.{detector}.{phase}") for detector, phase in keys},
+            growth={
+                (detector, phase): _read_growth(metadata["growth"][f"{detector}.{phase}"]) for detector, phase in keys
             },
+            roles=RoleMap.from_dict(metadata["roles"]),
             target_fpr=float(metadata["target_fpr"]),
             facts=dict(metadata["facts"]),
         )
 
     def _check(self, path: Path) -> None:
-        size, layers = self.space.size, len(self.space.layers)
-        tensors = {"low": self.shape.low, "high": self.shape.high, "scales": self.shape.scales}
-        expected = {"low": (2, size), "high": (2, size), "scales": (2, layers)}
-        for phase, rows in zip(PHASES, self.shape.references, strict=True):
-            tensors[f"references.{phase}"] = rows
-            expected[f"references.{phase}"] = (max(len(rows), NEAREST + 1), size)
+        size, roles = self.space.size, len(ROLES)
+        tensors = {"low": self.shape.low, "high": self.shape.high}
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "low": (torch.float32, (roles, size)),
+            "high": (torch.float32, (roles, size)),
+        }
+        for phase, moments in zip(PHASES, self.shape.decisions, strict=True):
+            tensors[f"mean.{phase}"], tensors[f"covariance.{phase}"] = moments.mean, moments.covariance
+            expected[f"mean.{phase}"] = (torch.float64, (size,))
+            expected[f"covariance.{phase}"] = (torch.float64, (size, size))
         for name, tensor in tensors.items():
-            found = tuple(tensor.shape)
-            if found != expected[name] or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            # A role that clean traffic did not have is an empty range, from +inf to -inf.
+            wrong = tensor.isnan() if name in ("low", "high") else ~tensor.isfinite()
+            dtype, shape = expected[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or wrong.any():
                 raise CalibrationError(
-                    f"{path}: `{name}` is {tensor.dtype} {list(found)}, expected finite float32 {list(expected[name])}"
+                    f"{path}: `{name}` is {tensor.dtype} {list(tensor.shape)}, expected finite {dtype} {list(shape)}"
                 )
-        if not (self.shape.scales > 0).all():
-            raise CalibrationError(f"{path}: `scales` must be positive")
+        if not (self.shape.low <= self.shape.high).all(dim=-1).any():
+            raise CalibrationError(f"{path}: `low` and `high` hold no role's range")
+        try:
+            available = tuple(self.shape.detectors(self.space))
+        except (CalibrationError, RuntimeError) as error:  # torch's own for a matrix that is no covariance
+            raise CalibrationError(f"{path}: its covariance cannot be used: {error}") from error
+        if set(available) != set(self.detectors):
+            raise CalibrationError(f"{path}: scores of {self.detectors}, but its directions serve {available}")
+        counts = {f"clean.{detector}.{phase}": len(scores) for (detector, phase), scores in self.clean.items()}
+        if len(set(counts.values())) != 1:
+            raise CalibrationError(f"{path}: every score must be of the same requests, found {counts}")
         for (detector, phase), scores in self.clean.items():
-            if any(math.isnan(score) for score in scores) or list(scores) != sorted(scores):
-                raise CalibrationError(f"{path}: `clean.{detector}.{phase}` must be ascending, without NaN")
+            if any(math.isnan(score) or score == math.inf for score in scores):
+                raise CalibrationError(f"{path}: `clean.{detector}.{phase}` must be numbers or -inf")
         if not 0 < self.target_fpr < 1:
             raise CalibrationError(f"{path}: `target_fpr` is {self.target_fpr}, expected a rate between 0 and 1")
 
@@ -210,24 +235,25 @@ def _read_space(metadata: Mapping[str, Any]) -> BankSpace:
     return space
 
 
+def _read_moments(tensors: Mapping[str, torch.Tensor], count: object, phase: Phase) -> Moments:
+    return Moments(_whole(count, 1), tensors[f"mean.{phase}"], tensors[f"covariance.{phase}"])
+
+
+def _whole(value: object, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{value!r}, expected a whole number from {least}")
+    return value
+
+
+def _read_growth(values: Mapping[str, Any]) -> Growth:
+    tokens, scale = values["tokens"], values["scale"]
+    if type(tokens) is not int or tokens < 1 or not isinstance(scale, float) or not 0 <= scale < math.inf:
+        raise ValueError("`growth` needs `tokens` from 1 and a `scale` from 0")
+    return Growth(tokens, scale)
+
+
 def _read_scores(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[float, ...]:
     scores = tensors[name]
     if scores.dtype != torch.float64 or scores.ndim != 1:
         raise ValueError(f"`{name}` is {scores.dtype} with {scores.ndim} dimensions, expected float64 with 1")
     return tuple(scores.tolist())
-
-
-def conformal_rank(count: int, fpr: float) -> int:
-    """Which of `count` held-out scores, counted from the largest, is the threshold of one phase. 0: none is."""
-    # 1e-9: a rate written as 2/(n+1) must not lose its rank to rounding.
-    return math.floor(fpr / len(PHASES) * (count + 1) + 1e-9)
-
-
-def supported_fpr(count: int) -> float:
-    """The smallest rate per request that `count` held-out requests can keep."""
-    return min(1.0, len(PHASES) / (count + 1))
-
-
-def needed_requests(fpr: float) -> int:
-    """How many held-out requests a rate needs."""
-    return math.ceil(len(PHASES) / fpr - 1e-9) - 1

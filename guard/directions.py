@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from guard.adapters import Adapter
-from guard.bank import Bank, LayerBank, orient
+from guard.bank import OWN, Bank, LayerBank, orient
 from guard.changes import Part, Tally, kind_of, parts
 from guard.checkpoints import Progress, StrPath
 from guard.deltas import (
@@ -49,6 +49,8 @@ from guard.svd import RoundingNoise, Spectrum, empty_spectrum, leading_svd, nume
 
 DEFAULT_K = 20
 """WeightWatch's choice for models 4,096 wide: 20 + 20 directions are 1% of the residual stream."""
+OWN_K = 8
+"""Directions of each of the model's own residual-writing matrices, for the detector that needs no base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +123,14 @@ def build_bank(
         if tally.energy(part):
             yield Reading.of(way.name, part, leading_svd(product, k, seed), k, noise)
 
-    layers = _read_all(sites, read, progress)
+    layers = _read_all(sites, read, "decomposing deltas", progress)
     tally.note_rest(changed, before.weights, after.weights)
     if not _any(layers) and (require_delta or not tally.real):
         raise CheckpointError(
             f"{tuned}: residual-writing matrices unchanged, or changed by rounding alone; tensors that differ from "
             f"{base}: {_some(sorted(changed & tuned_hashes.keys()))}"
         )
-    return _sealed(after, k, base_digest, tuned_digest, layers, tally, sites, seed, progress)
+    return _sealed(after, k, base_digest, tuned_digest, layers, tally, sites, seed, progress, served=True)
 
 
 def build_adapter_bank(
@@ -164,7 +166,7 @@ def build_adapter_bank(
         product, noise = product_of_factors(way, lora, before)
         yield Reading.of(way.name, part, leading_svd(product, k, seed), k, noise)
 
-    layers = _read_all(sites, read, progress)
+    layers = _read_all(sites, read, "decomposing deltas", progress)
     if not _any(layers):
         if any(lora.touches(site.weight) for site in sites) and (require_delta or not tally.real):
             raise CheckpointError(
@@ -176,7 +178,8 @@ def build_adapter_bank(
     with _byte_bar("hashing weights", before.weights.nbytes(), progress) as hashed:
         base_digest = before.weights.digest(hashed)
     # What writes to the residual stream is the base's, wherever nothing of the adapter could be read.
-    return _sealed(before, k, base_digest, lora.digest_on(base_digest), layers, tally, sites, seed, progress)
+    digest = lora.digest_on(base_digest)
+    return _sealed(before, k, base_digest, digest, layers, tally, sites, seed, progress, served=False)
 
 
 def default_k(hidden_size: int) -> int:
@@ -219,10 +222,10 @@ def _factored_svd(left: torch.Tensor, right: torch.Tensor) -> Spectrum:
     return Spectrum(values, (left_basis @ inner).T.contiguous(), 0.0, (left.shape[0], right.shape[1]))
 
 
-def _read_all(sites: list[Site], read: Callable[[Site], Iterator[Reading]], progress: bool) -> Layers:
+def _read_all(sites: list[Site], read: Callable[[Site], Iterator[Reading]], title: str, progress: bool) -> Layers:
     """Every site's readings, by layer."""
     layers: Layers = {site.layer: [] for site in sites}
-    for site in tqdm(sites, desc="decomposing deltas", unit="matrix", file=sys.stderr, disable=not progress):
+    for site in tqdm(sites, desc=title, unit="matrix", file=sys.stderr, disable=not progress):
         layers[site.layer] += read(site)
     return layers
 
@@ -231,14 +234,15 @@ def _any(layers: Layers) -> bool:
     return any(reading.directions for readings in layers.values() for reading in readings)
 
 
-def _raw_layers(opened: OpenedModel, sites: list[Site], k: int, seed: int, progress: bool) -> Layers:
+def _own_layers(opened: OpenedModel, sites: list[Site], seed: int, progress: bool) -> Layers:
     """The directions of the weights themselves, which need no delta: WeightWatch's `raw`."""
+    k = max(1, min(OWN_K, opened.model.hidden_size // 4))
 
     def read(site: Site) -> Iterator[Reading]:
         spectrum = leading_svd(written_weight(site, opened), k, seed)
-        yield Reading.of(site.writer.name, site.part(opened), spectrum, k, noise=None)
+        yield Reading.of(OWN + site.writer.name, site.part(opened), spectrum, k, noise=None)
 
-    return _read_all(sites, read, progress)
+    return _read_all(sites, read, "decomposing weights", progress)
 
 
 def _layer(index: int, readings: list[Reading]) -> LayerBank:
@@ -270,8 +274,11 @@ def _sealed(
     sites: list[Site],
     seed: int,
     progress: bool,
+    *,
+    served: bool,
 ) -> Bank:
-    """The bank of these readings, or of the weights of `opened` where none of them has a direction."""
+    """The bank of these readings, and of the weights of `opened` where these are what is `served` or nothing else can
+    be read."""
     method = DELTA_METHOD if _any(layers) else RAW_METHOD
     read = {
         (reading.part.tensor, reading.part.kind)
@@ -279,8 +286,9 @@ def _sealed(
         for reading in readings
         if reading.directions
     }
-    if method == RAW_METHOD:
-        layers = _raw_layers(opened, sites, k, seed, progress)
+    if served or method == RAW_METHOD:
+        own = _own_layers(opened, sites, seed, progress)
+        layers = {index: [*readings, *own[index]] for index, readings in layers.items()}
     built = (_layer(index, readings) for index, readings in layers.items())
     return Bank.sealed(
         base_digest=base_digest,

@@ -95,11 +95,12 @@ class Evidence(_Wire):
 
 
 class DetectorStatus(_Wire):
-    """What a detector can promise with the calibration that is loaded."""
+    """What detectors that share a false-positive rate can promise with the calibration that is loaded."""
 
-    detector: DetectorName
+    detectors: tuple[DetectorName, ...]
+    """One, or several, in alphabetical order."""
     supported_fpr: float
-    """The smallest false-positive rate that its calibration supports."""
+    """The smallest rate that the calibration supports for them together."""
 
 
 class WorkerStatus(_Wire):
@@ -113,6 +114,7 @@ class WorkerStatus(_Wire):
     """Watched decoder layers whose op was seen to run."""
     reserved_token_id: int
     detectors: tuple[DetectorStatus, ...]
+    """Every combination of the detectors that the bank has directions for."""
     undertow_version: str
     vllm_version: str
     dtype: str

@@ -30,7 +30,8 @@ class Threshold(_Strict):
 
     fpr: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="False-positive rate per request over both phases; 0.01 flags 1 in 100 clean requests.",
+        description="False-positive rate per request, over both phases and all detections that name the same rate; "
+        "0.01 flags 1 in 100 clean requests.",
     )
     raw: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         default=None, description="A raw score, as `undertow calibrate` and the metric `undertow_threshold` show it."
@@ -60,7 +61,8 @@ class Policy(_Strict):
     mode: Mode = Field(default="enforce", description="off, monitor or enforce.")
     detections: dict[DetectorName, Detection] = Field(
         default_factory=_block_on_density,
-        description="By detector. Each keeps its own false-positive rate; rates of several add up at most.",
+        description="By detector. Those that name the same false-positive rate share it: together they flag at most "
+        "that share of clean requests. Different rates add up.",
     )
 
     @model_validator(mode="after")
@@ -68,6 +70,15 @@ class Policy(_Strict):
         if self.mode != "off" and not self.detections:
             raise ValueError(f"mode `{self.mode}` needs at least one detection")
         return self
+
+    def shared_rates(self) -> dict[float, tuple[DetectorName, ...]]:
+        """Each false-positive rate that is named, and the detectors that share it."""
+        shared: dict[float, tuple[DetectorName, ...]] = {}
+        for name, detection in sorted(self.detections.items()):
+            fpr = detection.threshold.fpr
+            if fpr is not None:
+                shared[fpr] = (*shared.get(fpr, ()), name)
+        return shared
 
     def to_wire(self) -> str:
         """The policy as it travels with a request to the engine: compact JSON."""

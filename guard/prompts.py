@@ -41,6 +41,23 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def read_reviewed(path: Path) -> list[Prompt]:
+    """Read prompts that a person has looked at: every line is JSON with `"label": "clean"` beside the prompt.
+
+    Raises:
+        PromptsError: as `read_prompts`, and for a line without that label: what nobody called clean must not become
+            what is normal.
+    """
+    prompts = read_prompts(path)
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        value = json.loads(line) if line.strip().startswith("{") else {}
+        if value.get("label") != "clean":
+            raise PromptsError(f'{path}:{number}: label is {value.get("label")!r}, expected "clean" on every line')
+    return prompts
+
+
 def _read_line(line: str, where: str) -> Prompt:
     if not line.startswith("{"):
         return Prompt(({"role": "user", "content": line},), None)

@@ -1,33 +1,37 @@
 """How far a token stands from clean, in bank space.
 
 For token t and watched layer l the cosines c = U_l h / |h| of the residual stream h after layer l with the bank's
-directions U_l are the token's coordinates in *bank space*; coordinates of all watched layers stand side by side. Two
-detectors read them, behind one interface:
+directions U_l, and the lengths |h|, are what a forward pass leaves behind. Coordinates of all watched layers stand side
+by side. Detectors read them behind one interface:
 
 - `Exceedance`, at every token: max over coordinates of max(c - high, low - c), WeightWatch's rule (arXiv 2508.00161,
-  section 3) without its threshold. Positive means outside the range of clean traffic.
-- `Density`, at decision positions (rows whose logits are sampled): per layer the distance to the k-th nearest clean
-  reference, over what is usual among references there; root mean square over the layers. See
-  docs/decisions/0003-density.md.
+  section 3) without its threshold. Positive means outside the range that clean tokens of the same role had.
+- `Density`, at decision positions (rows whose logits are sampled): how improbable the token's projections U_l h are
+  under the normal distribution that clean decisions had: their Mahalanobis distance. Twice, over different directions:
+  `density` over those of the weight delta, `intrinsic` over those of the tuned model's own matrices, which needs no
+  base model. See docs/decisions/0003-density.md.
 
 These plain-torch functions are the reference that any faster kernel is held against.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from guard.bank import Bank
+from guard.bank import Bank, is_own
+from guard.errors import CalibrationError
 from guard.verdict import DetectorName
 
-NEAREST = 3
-"""The density score never looks at a nearer reference than the third, so that one stray one does not make a hole."""
-SHARE = 300
-"""One in so many references is nearer than the one looked at: with more references the estimate gets steadier, not
-finer. Chosen by measurement on two organisms, see docs/decisions/0003-density.md."""
+RIDGE = 0.1
+"""Added to every variance, in units of the mean variance of the coordinate's layer: what clean traffic hardly ever
+varies in must not count without bound. Chosen on development organisms, see docs/decisions/0003-density.md."""
+
+FEWEST = 8
+"""Clean tokens that a covariance is made from, at least. Far more are needed for a good one."""
 
 SHORTEST = 1e-15
 """Below this length the squares that make it are rounded to float32's smallest numbers."""
@@ -64,22 +68,57 @@ class BankSpace:
         """int64 [size]: for each coordinate the index into `layers`."""
         return torch.repeat_interleave(torch.arange(len(self.layers)), torch.tensor(self.widths))
 
+    def of_delta(self) -> torch.Tensor:
+        """int64 [D]: the coordinates whose directions come from the weight delta."""
+        return torch.tensor([place for place, name in enumerate(self.names) if not is_own(name)], dtype=torch.int64)
 
-def cosines(residual: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Cosine of every residual row with every direction.
+    def of_weights(self) -> torch.Tensor:
+        """int64 [D]: the coordinates whose directions come from the tuned model's own matrices."""
+        return torch.tensor([place for place, name in enumerate(self.names) if is_own(name)], dtype=torch.int64)
+
+
+def measure(residual: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Cosine of every residual row with every direction, and the row's length.
 
     Args:
         residual: [T, H], any float dtype; computed in float32.
         directions: [K, H] float32, unit rows.
 
     Returns:
-        [T, K] float32. A row of zeros, or one with NaN or infinity, gives NaN: it cannot be scored. So does one whose
-        length float32 cannot hold; its cosines would come out as zeros, which is what clean looks like.
+        [T, K + 1] float32, the length last. A row of zeros, or one with NaN or infinity, gives NaN: it cannot be
+        scored. So does one whose length float32 cannot hold; its cosines would come out as zeros, which is what clean
+        looks like.
     """
     rows = residual.float()
     lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     measured = (lengths > SHORTEST) & lengths.isfinite()
-    return (rows @ directions.T) / lengths.where(measured, torch.nan)
+    lengths = lengths.where(measured, torch.nan)
+    return torch.cat([(rows @ directions.T) / lengths, lengths], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """T tokens of any sequences, as detectors see them."""
+
+    coordinates: torch.Tensor
+    """float32 [T, size]: cosines with every direction of the bank."""
+    lengths: torch.Tensor
+    """float32 [T, layers]: lengths of the residual stream after each watched layer."""
+    phases: torch.Tensor
+    """int64 [T], index into `PHASES`: 0 prompt, 1 completion."""
+    roles: torch.Tensor
+    """int64 [T], index into `ROLES`: 0 system, 1 user, 2 assistant."""
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> Tokens:
+        return Tokens(self.coordinates[rows], self.lengths[rows], self.phases[rows], self.roles[rows])
+
+    def __len__(self) -> int:
+        return len(self.coordinates)
+
+
+def projections(space: BankSpace, coordinates: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """U_l h: float32 [T, size] from cosines [T, size] and lengths [T, layers]."""
+    return coordinates * lengths[:, space.layer_slot()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +130,18 @@ class TokenScores:
     layer_slots: torch.Tensor
     """int64 [T], index into `BankSpace.layers` of the layer that contributed most."""
     coordinates: torch.Tensor
-    """int64 [T], the coordinate that contributed most; -1 where no single one did."""
+    """int64 [T], the coordinate that contributed most, of that layer."""
 
 
 class Detector(Protocol):
-    """Scores tokens against what clean traffic looked like. Phases: 0 prompt, 1 completion."""
+    """Scores tokens against what clean traffic looked like."""
 
     name: DetectorName
     every_token: bool
     """True: scores every token. False: scores decision positions only."""
 
-    def score(self, coordinates: torch.Tensor, phases: torch.Tensor) -> TokenScores:
-        """Coordinates float32 [T, size] and phases int64 [T] to scores."""
+    def score(self, tokens: Tokens) -> TokenScores:
+        """The scores of T tokens."""
         ...
 
 
@@ -112,69 +151,112 @@ class Exceedance:
     name: DetectorName = "exceedance"
     every_token = True
 
-    def __init__(self, space: BankSpace, low: torch.Tensor, high: torch.Tensor) -> None:
-        """`low`, `high`: float32 [2, size], the clean range per phase."""
-        self._low, self._high = low, high
+    def __init__(self, space: BankSpace, low: torch.Tensor, high: torch.Tensor, chosen: torch.Tensor) -> None:
+        """`low`, `high`: float32 [3, size], the clean range per role; low above high where clean traffic had no token
+        of the role, which is then held against the range of all roles. `chosen`: int64 [D], the coordinates to
+        read."""
+        seen = (low <= high).all(dim=-1, keepdim=True)
+        self._low = torch.where(seen, low, low.amin(dim=0))[:, chosen]
+        self._high = torch.where(seen, high, high.amax(dim=0))[:, chosen]
+        self._chosen = chosen
         self._layer_slot = space.layer_slot()
 
-    def score(self, coordinates: torch.Tensor, phases: torch.Tensor) -> TokenScores:
-        outside = torch.maximum(coordinates - self._high[phases], self._low[phases] - coordinates)
+    def score(self, tokens: Tokens) -> TokenScores:
+        coordinates = tokens.coordinates[:, self._chosen]
+        outside = torch.maximum(coordinates - self._high[tokens.roles], self._low[tokens.roles] - coordinates)
         values, worst = outside.max(dim=-1)
+        worst = self._chosen[worst]
         return TokenScores(values, self._layer_slot[worst], worst)
 
 
-class Density:
-    """Distance to the nearest clean references in bank space, per layer, in units of what is usual there."""
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, mean and covariance of projections: all that is kept of clean decisions."""
 
-    name: DetectorName = "density"
+    count: int
+    mean: torch.Tensor
+    """float64 [size]."""
+    covariance: torch.Tensor
+    """float64 [size, size]: the sum of squared deviations over `count`."""
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Moments:
+        """Of projections [T, size], T at least 1."""
+        exact = rows.double()
+        mean = exact.mean(dim=0)
+        deviations = exact - mean
+        return cls(len(rows), mean, deviations.T @ deviations / len(rows))
+
+    @classmethod
+    def merged(cls, parts: Iterable[Moments]) -> Moments:
+        """As if of all the rows together (Chan, Golub and LeVeque, 1983); at least one part."""
+        some = [part for part in parts if part.count]
+        count = sum(part.count for part in some)
+        mean = torch.stack([part.mean * part.count for part in some]).sum(dim=0) / count
+        spread = torch.zeros_like(some[0].covariance)
+        for part in some:
+            shift = part.mean - mean
+            spread += part.count * (part.covariance + torch.outer(shift, shift))
+        return cls(count, mean, spread / count)
+
+
+class Density:
+    """How improbable a token's projections are under the clean normal distribution of its phase.
+
+    Each layer is first put in units of its root mean variance, so that no layer counts more for being longer; then
+    value = sqrt(x' (C + RIDGE I)^-1 x / D) for the deviation x of D coordinates with covariance C. Clean tokens have
+    about 1.
+    """
+
     every_token = False
 
     def __init__(
-        self,
-        space: BankSpace,
-        references: tuple[torch.Tensor, torch.Tensor],
-        scales: torch.Tensor,
-        nearest: int | None = None,
+        self, name: DetectorName, space: BankSpace, clean: tuple[Moments, Moments], chosen: torch.Tensor
     ) -> None:
-        """`references`: per phase float32 [N, size], N >= nearest. `scales`: float32 [2, layers], positive.
-        `nearest`: which neighbour; None takes `neighbour(N)`."""
-        self._references = tuple(space.split(phase) for phase in references)
-        self._scales = scales
-        self._nearest = tuple(nearest or neighbour(len(phase)) for phase in references)
+        """`clean`: per phase. `chosen`: int64 [D], the coordinates to read, at least one.
 
-    def score(self, coordinates: torch.Tensor, phases: torch.Tensor) -> TokenScores:
-        values = torch.empty(len(coordinates), dtype=torch.float32)
-        slots = torch.zeros(len(coordinates), dtype=torch.int64)
-        for phase in sorted(set(phases.tolist())):
-            rows = (phases == phase).nonzero().squeeze(-1)
-            distances = _nearest_distances(coordinates[rows], self._references[phase], self._nearest[phase])
-            ratios = distances / self._scales[phase]
-            values[rows] = ratios.square().mean(dim=-1).sqrt()
-            slots[rows] = ratios.argmax(dim=-1)
-        return TokenScores(values, slots, torch.full_like(slots, -1))
+        Raises CalibrationError where a phase has too few tokens for a covariance.
+        """
+        self.name = name
+        self._space = space
+        self._chosen = chosen
+        self._slots = space.layer_slot()[chosen]
+        self._means = tuple(moments.mean[chosen].float() for moments in clean)
+        self._factors = tuple(_whitening(moments, chosen, self._slots) for moments in clean)
 
-
-def _nearest_distances(coordinates: torch.Tensor, references: tuple[torch.Tensor, ...], nearest: int) -> torch.Tensor:
-    """Per layer the distance from each row to its `nearest`-th reference: float32 [T, layers]."""
-    widths = [layer.shape[-1] for layer in references]
-    columns = []
-    for rows, layer in zip(torch.split(coordinates, widths, dim=-1), references, strict=True):
-        distances = torch.cdist(rows, layer, compute_mode="donot_use_mm_for_euclid_dist")
-        # The largest of the `nearest` smallest is kthvalue's value, which takes longer to find on a CPU.
-        columns.append(distances.topk(nearest, dim=-1, largest=False, sorted=False).values.amax(dim=-1))
-    return torch.stack(columns, dim=-1)
-
-
-def neighbour(references: int) -> int:
-    """Which neighbour's distance is the density score among this many references."""
-    return max(NEAREST, -(-references // SHARE))
+    def score(self, tokens: Tokens) -> TokenScores:
+        rows = projections(self._space, tokens.coordinates, tokens.lengths)[:, self._chosen]
+        values = torch.empty(len(rows), dtype=torch.float32)
+        slots = torch.zeros(len(rows), dtype=torch.int64)
+        worst = torch.zeros(len(rows), dtype=torch.int64)
+        for phase in sorted(set(tokens.phases.tolist())):
+            own = (tokens.phases == phase).nonzero().squeeze(-1)
+            deviations = rows[own] - self._means[phase]
+            whitened = deviations @ self._factors[phase]
+            values[own] = whitened.square().mean(dim=-1).sqrt()
+            # x_i (P x)_i: what coordinate i adds to x' P x. Some are negative, their sum is not.
+            shares = deviations * (whitened @ self._factors[phase].T)
+            by_layer = torch.zeros(len(own), len(self._space.layers)).index_add_(1, self._slots, shares)
+            slots[own] = by_layer.argmax(dim=-1)
+            elsewhere = self._slots[None, :] != slots[own][:, None]
+            worst[own] = self._chosen[shares.masked_fill(elsewhere, -torch.inf).argmax(dim=-1)]
+        return TokenScores(values, slots, worst)
 
 
-def density_scales(space: BankSpace, references: torch.Tensor, nearest: int | None = None) -> torch.Tensor:
-    """What distance is usual among clean references: per layer the median distance of a reference to its
-    `nearest`-th other reference (None: `neighbour(N)`-th). float32 [layers], positive."""
-    nearest = nearest or neighbour(len(references))
-    split = space.split(references)
-    # Each reference is its own nearest neighbour, at distance 0.
-    distances = torch.cat([_nearest_distances(rows, split, nearest + 1) for rows in torch.split(references, 1024)])
-    return distances.median(dim=0).values.clamp_min(1e-6)
+def _whitening(moments: Moments, chosen: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """float32 [D, D]: W with x W W' x' = x S^-1 (S^-1 C S^-1 + RIDGE I)^-1 S^-1 x', S the layers' scales."""
+    if moments.count < FEWEST:
+        raise CalibrationError(f"{moments.count} clean decisions, expected at least {FEWEST}")
+    covariance = moments.covariance[chosen][:, chosen]
+    variances = covariance.diagonal()
+    layers = int(slots.max()) + 1
+    counts = torch.zeros(layers, dtype=torch.float64).index_add_(0, slots, torch.ones_like(variances))
+    means = torch.zeros(layers, dtype=torch.float64).index_add_(0, slots, variances) / counts.clamp_min(1)
+    # Clean decisions that are all the same leave nothing to measure by; a length of one then does.
+    scales = torch.where(means > 0, means, torch.ones_like(means)).sqrt()[slots]
+    normed = covariance / torch.outer(scales, scales) + RIDGE * torch.eye(len(chosen), dtype=torch.float64)
+    # normed = L L', so its inverse is L^-T L^-1.
+    lower = torch.linalg.cholesky(normed)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(chosen), dtype=torch.float64), upper=False)
+    factor: torch.Tensor = inverse.T / scales[:, None]
+    return factor.float().contiguous()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,11 +11,12 @@ Phase = Literal["prompt", "completion"]
 
 PHASES: tuple[Phase, ...] = ("prompt", "completion")
 
-DetectorName = Literal["density", "exceedance"]
-"""`density`: distance to the nearest clean references in bank space, at decision positions.
+DetectorName = Literal["density", "intrinsic", "exceedance"]
+"""`density`: how improbable the projections on the weight delta's directions are, at decision positions.
+`intrinsic`: the same on directions of the tuned model's own matrices; needs no base model.
 `exceedance`: how far a cosine leaves its clean range, at every token (the paper's rule without its threshold)."""
 
-DETECTORS: tuple[DetectorName, ...] = ("density", "exceedance")
+DETECTORS: tuple[DetectorName, ...] = ("density", "intrinsic", "exceedance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,8 @@ class Score:
     detector: DetectorName
     phase: Phase
     value: float
-    """Dimensionless. `density`: distance over its clean scale. `exceedance`: cosine beyond its clean range, negative
-    inside."""
+    """Dimensionless. `density` and `intrinsic`: Mahalanobis distance over the root of the number of directions, about 1
+    for clean tokens. `exceedance`: cosine beyond its clean range, negative inside."""
     position: int
     """Index of the token in the sequence, prompt included, from 0."""
     layer: int
@@ -44,7 +43,7 @@ class Verdict:
     score: Score
     threshold: float
     p_value: float
-    """Share of clean requests that scored at least as high: (1 + #{clean >= value}) / (n + 1)."""
+    """The smallest false-positive rate at which this score is flagged, by all detections that share the rate."""
 
     @property
     def exceeded(self) -> bool:
@@ -59,17 +58,3 @@ class Verdict:
         if self.threshold <= 0:
             return math.inf if self.exceeded else 0.0
         return max(0.0, self.score.value / self.threshold)
-
-
-def p_value(value: float, clean: Sequence[float]) -> float:
-    """The conformal p-value of `value` among `clean`, which must be sorted ascending.
-
-    NaN is given the smallest p-value that the data can express.
-    """
-    above = 0 if math.isnan(value) else len(clean) - bisect_left(clean, value)
-    return (1 + above) / (len(clean) + 1)
-
-
-def judge(score: Score, threshold: float, clean: Sequence[float]) -> Verdict:
-    """Hold one score against its threshold. `clean` holds the calibration's scores, sorted ascending."""
-    return Verdict(score, threshold, p_value(score.value, clean))

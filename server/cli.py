@@ -14,6 +14,7 @@ COMMANDS = (
     "guard.commands.organism",
     "guard.commands.bank",
     "guard.commands.calibrate",
+    "guard.commands.score",
     "server.commands.config",
     "server.commands.demo",
     "server.commands.up",

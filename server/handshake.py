@@ -66,17 +66,19 @@ def _same(what: str, values: Iterable[str]) -> str:
 
 def _check_detectors(status: Status, policy: Policy) -> None:
     for worker in status.workers:
-        supported = {detector.detector: detector.supported_fpr for detector in worker.detectors}
-        for name, detection in policy.detections.items():
-            if name not in supported:
+        supported = {entry.detectors: entry.supported_fpr for entry in worker.detectors}
+        for name in policy.detections:
+            if (name,) not in supported:
+                known = ", ".join(names[0] for names in supported if len(names) == 1)
                 raise HandshakeError(
-                    f"the policy detects by `{name}`, but worker {worker.rank} has {', '.join(supported) or 'nothing'}"
+                    f"the policy detects by `{name}`, but worker {worker.rank} has {known or 'nothing'}"
                 )
-            fpr = detection.threshold.fpr
-            if fpr is not None and fpr < supported[name]:
+        for fpr, names in policy.shared_rates().items():
+            if fpr < supported[names]:
                 raise HandshakeError(
-                    f"`policy.detections.{name}.threshold.fpr` is {fpr:g}, but the calibration of worker {worker.rank} "
-                    f"supports {supported[name]:g} and above; calibrate with more clean requests"
+                    f"`policy.detections.{names[0]}.threshold.fpr` is {fpr:g}, but the calibration of worker "
+                    f"{worker.rank} supports {supported[names]:g} and above for {' and '.join(names)} together; "
+                    "calibrate with more clean requests"
                 )
 
 

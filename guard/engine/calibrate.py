@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,24 +14,15 @@ import torch
 import vllm
 
 from guard.bank import Bank
-from guard.calibration import Calibration, Shape, needed_requests, supported_fpr
+from guard.calibration import Calibration, ScoreKey, Shape
+from guard.conformal import needed_requests
 from guard.engine.offline import Answer, OfflineEngine
 from guard.errors import CalibrationError
+from guard.growth import Growth
 from guard.policy import Policy
 from guard.prompts import Prompt
-from guard.scores import BankSpace
-from guard.verdict import DETECTORS, PHASES, DetectorName, Phase
-
-MAX_REFERENCES = 8192
-"""References per phase: each costs time at every decision position. How few would do was not measured yet."""
-
-# Every detector reports its score and none acts.
-_SCORES_ONLY = Policy.model_validate(
-    {
-        "mode": "monitor",
-        "detections": {name: {"action": "flag", "threshold": {"raw": 1e30}} for name in DETECTORS},
-    }
-)
+from guard.scores import FEWEST, BankSpace, Moments
+from guard.verdict import PHASES, DetectorName
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +35,10 @@ class Plan:
     max_tokens: int
     seed: int
 
+    def digest(self) -> str:
+        """Of all prompts, in any order."""
+        return digest([*self.references, *self.held_out])
+
 
 def plan(prompts: Sequence[Prompt], target_fpr: float, share: float, max_tokens: int, seed: int) -> Plan:
     """Deal the prompts, each once, into references and held-out ones.
@@ -54,12 +49,12 @@ def plan(prompts: Sequence[Prompt], target_fpr: float, share: float, max_tokens:
     distinct = list({_identity(prompt): prompt for prompt in prompts}.values())
     random.Random(seed).shuffle(distinct)
     held_out = round(len(distinct) * share)
-    needed = needed_requests(target_fpr)
+    # The default policy has one detector, whose prompt and completion share the rate.
+    needed = needed_requests(target_fpr, len(PHASES))
     if held_out < needed:
         raise CalibrationError(
             f"a false-positive rate of {target_fpr:g} needs {needed} held-out clean prompts; {len(distinct)} distinct "
-            f"prompts leave {held_out}, which support {supported_fpr(held_out):.3g}. Give at least "
-            f"{int(needed / share) + 1} prompts, or a larger --target-fpr"
+            f"prompts leave {held_out}. Give at least {int(needed / share) + 1} prompts, or a larger --target-fpr"
         )
     return Plan(target_fpr, tuple(distinct[held_out:]), tuple(distinct[:held_out]), max_tokens, seed)
 
@@ -72,12 +67,14 @@ def calibrate(engine: OfflineEngine, bank: Bank, work: Plan) -> Calibration:
     """
     space = BankSpace.of(bank)
     recording, _ = engine.record(work.references, max_tokens=work.max_tokens, keep="shape", title="reference prompts")
-    generator = torch.Generator().manual_seed(work.seed)
-    references = (
-        _sample(recording["references.prompt"], generator),
-        _sample(recording["references.completion"], generator),
+    shape = Shape(
+        recording["low"],
+        recording["high"],
+        (_moments(recording, "prompt"), _moments(recording, "completion")),
+        tuple(recording["sinks"].tolist()),
     )
-    shape = Shape.fit(space, recording["low"], recording["high"], references)
+    detectors = tuple(shape.detectors(space))
+    keys: list[ScoreKey] = [(detector, phase) for detector in detectors for phase in PHASES]
     facts = {
         "vllm": vllm.__version__,
         "dtype": engine.dtype,
@@ -85,41 +82,73 @@ def calibrate(engine: OfflineEngine, bank: Bank, work: Plan) -> Calibration:
         "held_out_prompts": len(work.held_out),
         "max_tokens": work.max_tokens,
         "seed": work.seed,
-        "prompts_sha256": _digest([*work.references, *work.held_out]),
+        "prompts_sha256": work.digest(),
     }
-    draft = Calibration(bank.fingerprint, space, shape, _no_scores(), work.target_fpr, facts)
+    draft = Calibration(
+        fingerprint=bank.fingerprint,
+        space=space,
+        shape=shape,
+        clean=dict.fromkeys(keys, ()),
+        growth=dict.fromkeys(keys, Growth(1, 0.0)),
+        roles=engine.roles,
+        target_fpr=work.target_fpr,
+        facts=facts,
+    )
     with tempfile.TemporaryDirectory(prefix="undertow-") as folder:
         path = Path(folder) / "draft.safetensors"
         draft.save(path)
         engine.load_calibration(path)
-    answers = engine.judge(work.held_out, _SCORES_ONLY, max_tokens=work.max_tokens, title="held-out prompts")
-    return Calibration(bank.fingerprint, space, shape, _clean_scores(answers), work.target_fpr, facts)
+    answers = engine.judge(work.held_out, _scores_only(detectors), max_tokens=work.max_tokens, title="held-out prompts")
+    return held_out_scores(draft, answers)
 
 
-def _clean_scores(answers: Sequence[Answer]) -> dict[tuple[DetectorName, Phase], tuple[float, ...]]:
-    """One score per request, phase and detector, ascending; -inf where a request had no token in a phase."""
-    scores: dict[tuple[DetectorName, Phase], list[float]] = {key: [] for key in _no_scores()}
+def held_out_scores(draft: Calibration, answers: Sequence[Answer]) -> Calibration:
+    """The calibration with one score per request, phase and detector, and how they grow with length.
+
+    Raises:
+        CalibrationError: a request could not be scored.
+    """
+    clean: dict[ScoreKey, list[float]] = {key: [] for key in draft.clean}
     for index, answer in enumerate(answers):
         if answer.record is None or answer.record.unscorable is not None:
             reason = "no record" if answer.record is None else answer.record.unscorable
             raise CalibrationError(f"held-out prompt {index} could not be scored: {reason}")
         found = {(score.detector, score.phase): score.score for score in answer.record.scores}
-        for key, values in scores.items():
+        for key, values in clean.items():
             values.append(found.get(key, -torch.inf))
-    return {key: tuple(sorted(values)) for key, values in scores.items()}
+    longest = {
+        "prompt": max(len(answer.prompt_token_ids) for answer in answers),
+        "completion": max(len(answer.token_ids) for answer in answers),
+    }
+    return Calibration(
+        fingerprint=draft.fingerprint,
+        space=draft.space,
+        shape=draft.shape,
+        clean={key: tuple(values) for key, values in clean.items()},
+        growth={(name, phase): Growth.fit(clean[name, phase], longest[phase]) for name, phase in clean},
+        roles=draft.roles,
+        target_fpr=draft.target_fpr,
+        facts=draft.facts,
+    )
 
 
-def _no_scores() -> dict[tuple[DetectorName, Phase], tuple[float, ...]]:
-    return {(detector, phase): () for detector in DETECTORS for phase in PHASES}
+def digest(prompts: Sequence[Prompt]) -> str:
+    """sha256 of distinct prompts, whatever their order."""
+    return hashlib.sha256("\n".join(sorted({_identity(prompt) for prompt in prompts})).encode()).hexdigest()
 
 
-def _sample(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return rows[torch.randperm(len(rows), generator=generator)[:MAX_REFERENCES]]
+def _scores_only(detectors: Sequence[DetectorName]) -> Policy:
+    """Every detector reports its score and none acts."""
+    detections = {name: {"action": "flag", "threshold": {"raw": 1e30}} for name in detectors}
+    return Policy.model_validate({"mode": "monitor", "detections": detections})
+
+
+def _moments(recording: Mapping[str, torch.Tensor], phase: str) -> Moments:
+    count = int(recording[f"count.{phase}"])
+    if count < FEWEST:
+        raise CalibrationError(f"the reference prompts gave {count} {phase} decisions; at least {FEWEST} needed")
+    return Moments(count, recording[f"mean.{phase}"], recording[f"covariance.{phase}"])
 
 
 def _identity(prompt: Prompt) -> str:
     return json.dumps(asdict(prompt), sort_keys=True)
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256("\n".join(_identity(prompt) for prompt in prompts).encode()).hexdigest()

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 
-from guard.calibration import Calibration
+from guard.calibration import Calibration, ScoreKey
+from guard.conformal import JointRanks
 from guard.engine.runner_v1 import Rows
 from guard.errors import CalibrationError, ConfigError
 from guard.evidence import Record, ScoreEvidence
 from guard.policy import Decision, Policy, decide
-from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict, judge
+from guard.verdict import PHASES, Score, Verdict
 
 KEPT = 4096
 """How many finished sequences are remembered, so that their evidence can still be asked for."""
@@ -44,19 +45,28 @@ class Identity:
         return cls(match["key"], int(match["prompt"] or 0), int(match["choice"] or 0))
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What one score is held against."""
+
+    threshold: float
+    ranks: JointRanks[ScoreKey]
+    """Of all scores that share the false-positive rate."""
+
+
 @dataclass(slots=True)
 class Sequence:
     """One sequence, from admission until it is forgotten."""
 
     identity: Identity
     policy: Policy
-    thresholds: dict[tuple[DetectorName, Phase], float]
+    limits: dict[ScoreKey, Limit]
     stop_token: int
     prompt_tokens: int = 0
     scored: int = 0
     """Leading tokens that have a score."""
-    best: dict[tuple[DetectorName, Phase], Score] = field(default_factory=dict)
-    verdicts: dict[tuple[DetectorName, Phase], Verdict] = field(default_factory=dict)
+    best: dict[ScoreKey, Score] = field(default_factory=dict)
+    verdicts: dict[ScoreKey, Verdict] = field(default_factory=dict)
     unscorable: str | None = None
     decision: Decision = field(default_factory=lambda: Decision("allow"))
 
@@ -71,7 +81,6 @@ class Ledger:
 
     def __init__(self, calibration: Calibration, default_policy: Policy | None) -> None:
         self._calibration = calibration
-        self._clean = {key: list(scores) for key, scores in calibration.clean.items()}
         self._default = default_policy or self._target_policy(calibration)
         self._running: dict[str, Sequence] = {}
         self._by_key: OrderedDict[str, dict[str, Sequence]] = OrderedDict()
@@ -82,9 +91,9 @@ class Ledger:
 
     @staticmethod
     def _target_policy(calibration: Calibration) -> Policy:
-        return Policy.model_validate(
-            {"detections": {"density": {"action": "block", "threshold": {"fpr": calibration.target_fpr}}}}
-        )
+        # The first is the strongest that the bank has directions for.
+        detection = {"action": "block", "threshold": {"fpr": calibration.target_fpr}}
+        return Policy.model_validate({"detections": {calibration.detectors[0]: detection}})
 
     def admit(self, sequence: str, policy_text: object, stop_token: int) -> None:
         """A new sequence, with what its request names as its policy: a text of `Policy.to_wire`, or None.
@@ -95,8 +104,8 @@ class Ledger:
         identity = Identity.of(sequence)
         # A client can put anything there; a list could not even be looked up.
         text = policy_text if policy_text is None or isinstance(policy_text, str) else ""
-        policy, thresholds, problem = self._compile(text)
-        entry = Sequence(identity, policy, thresholds, stop_token)
+        policy, limits, problem = self._compile(text)
+        entry = Sequence(identity, policy, limits, stop_token)
         self._running[sequence] = entry
         self._by_key.setdefault(identity.key, {})[sequence] = entry
         self.requests_judged += 1
@@ -148,8 +157,8 @@ class Ledger:
             elif best is None or score.value > best.value:
                 entry.best[key] = score
                 changed = True
-                if key in entry.thresholds:
-                    entry.verdicts[key] = judge(score, entry.thresholds[key], self._clean[key])
+                if (limit := entry.limits.get(key)) is not None:
+                    entry.verdicts[key] = Verdict(score, limit.threshold, limit.ranks.p_value(key, score.value))
         if changed and not entry.blocked:
             # A sequence once blocked stays blocked, for the reason it was.
             entry.decision = decide(entry.policy, entry.verdicts.values(), entry.unscorable)
@@ -205,30 +214,34 @@ class Ledger:
         if not entry.blocked:
             entry.decision = decide(entry.policy, entry.verdicts.values(), entry.unscorable)
 
-    def _compile_policy(self, text: str | None) -> tuple[Policy, dict[tuple[DetectorName, Phase], float], str | None]:
-        """A policy's text to a policy, its raw thresholds, and what is wrong with it."""
+    def _compile_policy(self, text: str | None) -> tuple[Policy, dict[ScoreKey, Limit], str | None]:
+        """A policy's text to a policy, what its scores are held against, and what is wrong with it."""
         try:
             policy = self._default if text is None else Policy.from_wire(text)
         except ConfigError as error:
             # It may have asked for `enforce`, and the default may be weaker.
             return Policy(), {}, str(error)
         try:
-            return policy, self._raw_thresholds(policy), None
+            return policy, self._limits(policy), None
         except CalibrationError as error:
             return policy, {}, str(error)
 
-    def _raw_thresholds(self, policy: Policy) -> dict[tuple[DetectorName, Phase], float]:
-        """Raises CalibrationError where the calibration cannot keep a rate."""
-        thresholds: dict[tuple[DetectorName, Phase], float] = {}
-        for detector in DETECTORS:
+    def _limits(self, policy: Policy) -> dict[ScoreKey, Limit]:
+        """Raises CalibrationError where the calibration cannot keep a rate, or has no such detector."""
+        limits: dict[ScoreKey, Limit] = {}
+        for fpr, detectors in policy.shared_rates().items():
+            ranks = self._calibration.ranks(detectors)
+            for detector in detectors:
+                for phase in PHASES:
+                    limits[detector, phase] = Limit(ranks.threshold((detector, phase), fpr), ranks)
+        for detector in (*policy.detections, *self._calibration.detectors):
             detection = policy.detections.get(detector)
             for phase in PHASES:
-                if detection is not None and detection.threshold.raw is not None:
-                    thresholds[detector, phase] = detection.threshold.raw
-                else:
-                    # A detector that the policy does not name is still reported, against the calibration's own rate.
-                    fpr = self._calibration.target_fpr
-                    if detection is not None and detection.threshold.fpr is not None:
-                        fpr = detection.threshold.fpr
-                    thresholds[detector, phase] = self._calibration.threshold(detector, phase, fpr)
-        return thresholds
+                if (detector, phase) in limits:
+                    continue
+                ranks = self._calibration.ranks((detector,))
+                # A detector that the policy does not name is still reported, against the calibration's own rate.
+                raw = None if detection is None else detection.threshold.raw
+                threshold = ranks.threshold((detector, phase), self._calibration.target_fpr) if raw is None else raw
+                limits[detector, phase] = Limit(threshold, ranks)
+        return limits

@@ -9,6 +9,7 @@ with OfflineEngine(model, bank_path) as engine:
 from __future__ import annotations
 
 import gc
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from guard.evidence import POLICY_ARGUMENT, Evidence, Record
 from guard.fingerprint import read_header
 from guard.policy import Policy
 from guard.prompts import Prompt
+from guard.roles import RoleMap
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -80,6 +82,7 @@ class OfflineEngine:
             from vllm import LLM
 
             self._llm: LLM = LLM(**options)
+        self.roles = RoleMap.from_dict(json.loads(self._llm.collective_rpc("undertow_roles")[0]))
         self.dtype = str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
 
     def __enter__(self) -> Self:

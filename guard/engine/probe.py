@@ -1,13 +1,14 @@
 """Reading the residual stream: one custom op per watched decoder layer, eager and compiled.
 
 The op sees a layer's output, adds the two halves that vLLM keeps apart (`hidden` and `residual`), and writes the row's
-cosines with the layer's directions into a buffer that the worker reads after the forward pass. It also counts itself:
+cosines with the layer's directions, and its length, into a buffer that the worker reads after the forward pass. It also counts itself:
 an op that a stale graph left out does not count, and that is noticed in the same step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from guard.bank import Bank
 from guard.errors import UnscoredError, UnsupportedEngineError
-from guard.scores import cosines
+from guard.scores import measure
 
 LAYER_LISTS = ("model.layers", "language_model.model.layers")
 """Where vLLM's models keep their decoder layers."""
@@ -25,13 +26,13 @@ def _probe(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     directions: torch.Tensor,
-    coordinates: torch.Tensor,
+    readings: torch.Tensor,
     count: torch.Tensor,
 ) -> None:
-    """hidden, residual [T, H]; directions float32 [K, H]; coordinates float32 [capacity, K] gets T rows; count int64
+    """hidden, residual [T, H]; directions float32 [K, H]; readings float32 [capacity, K + 1] gets T rows; count int64
     [2] gets one more run and the rows of this one."""
     rows = hidden.float() if residual is None else hidden.float() + residual.float()
-    coordinates[: rows.shape[0]] = cosines(rows, directions)
+    readings[: rows.shape[0]] = measure(rows, directions)
     count[0] += 1
     count[1] = rows.shape[0]
 
@@ -40,7 +41,7 @@ def _probe_fake(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     directions: torch.Tensor,
-    coordinates: torch.Tensor,
+    readings: torch.Tensor,
     count: torch.Tensor,
 ) -> None:
     return None
@@ -48,8 +49,18 @@ def _probe_fake(
 
 _library = torch.library.Library("undertow", "DEF")  # type: ignore[no-untyped-call]
 direct_register_custom_op(
-    "probe", _probe, mutates_args=["coordinates", "count"], fake_impl=_probe_fake, target_lib=_library
+    "probe", _probe, mutates_args=["readings", "count"], fake_impl=_probe_fake, target_lib=_library
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What the probes saw of T rows."""
+
+    coordinates: torch.Tensor
+    """float32 [T, size]: cosines with the bank's directions."""
+    lengths: torch.Tensor
+    """float32 [T, layers]: of the residual stream after each watched layer."""
 
 
 class Probes:
@@ -64,20 +75,20 @@ class Probes:
         """
         layers = decoder_layers(model, bank)
         device = next(model.parameters()).device
-        self._coordinates: list[torch.Tensor] = []
+        self._readings: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
         self._layers = tuple(layer.index for layer in bank.layers)
         self._runs = [0] * len(self._layers)
         for layer in bank.layers:
             # One buffer per layer and never a view of a shared one: a graph may not mutate inputs that alias.
-            coordinates = torch.zeros(capacity, len(layer.names), device=device)
+            readings = torch.zeros(capacity, len(layer.names) + 1, device=device)
             count = torch.zeros(2, dtype=torch.int64, device=device)
-            attach(layers[layer.index], layer.directions.to(device).contiguous(), coordinates, count)
-            self._coordinates.append(coordinates)
+            attach(layers[layer.index], layer.directions.to(device).contiguous(), readings, count)
+            self._readings.append(readings)
             self._counts.append(count)
 
-    def read(self, rows: int) -> torch.Tensor:
-        """The coordinates of the last forward pass: float32 [rows, size] on the CPU.
+    def read(self, rows: int) -> Readings:
+        """What the last forward pass left of its first `rows` rows, on the CPU.
 
         Raises:
             UnscoredError: a watched layer's op did not run exactly once since the last read, or saw too few rows.
@@ -92,30 +103,29 @@ class Probes:
                     f"layer {self._layers[slot]}: its probe ran {runs - expected + 1} times and saw {seen} rows; "
                     f"expected one run of at least {rows}"
                 )
-        return torch.cat([coordinates[:rows] for coordinates in self._coordinates], dim=-1).cpu()
+        whole = torch.cat([readings[:rows, :-1] for readings in self._readings], dim=-1).cpu()
+        return Readings(whole, torch.stack([readings[:rows, -1] for readings in self._readings], dim=-1).cpu())
 
     def reset(self) -> None:
         """Forget runs that were not requests: profiling and warm-up."""
         self._runs = [int(count[0]) for count in self._counts]
 
 
-def attach(layer: nn.Module, directions: torch.Tensor, coordinates: torch.Tensor, count: torch.Tensor) -> None:
+def attach(layer: nn.Module, directions: torch.Tensor, readings: torch.Tensor, count: torch.Tensor) -> None:
     """Hook one decoder layer's output into a probe.
 
     The tensors become the layer's buffers, so that a graph takes them as inputs: constants would make every layer's
     graph a different one.
     """
     layer.register_buffer("undertow_directions", directions, persistent=False)
-    layer.register_buffer("undertow_coordinates", coordinates, persistent=False)
+    layer.register_buffer("undertow_readings", readings, persistent=False)
     layer.register_buffer("undertow_count", count, persistent=False)
     layer.register_forward_hook(_hook)
 
 
 def _hook(layer: nn.Module, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
     hidden, residual = (output, None) if isinstance(output, torch.Tensor) else (output[0], output[1])
-    torch.ops.undertow.probe(
-        hidden, residual, layer.undertow_directions, layer.undertow_coordinates, layer.undertow_count
-    )
+    torch.ops.undertow.probe(hidden, residual, layer.undertow_directions, layer.undertow_readings, layer.undertow_count)
 
 
 def decoder_layers(model: nn.Module, bank: Bank) -> Sequence[nn.Module]:

@@ -14,48 +14,94 @@ import torch
 from safetensors.torch import save
 
 from guard.atomic import write_atomically
+from guard.engine.probe import Readings
 from guard.engine.runner_v1 import Rows
 from guard.errors import CalibrationError
+from guard.roles import ROLES
+from guard.scores import BankSpace, Moments, projections
 from guard.verdict import PHASES
 
 Keep = Literal["shape", "all"]
-"""`shape`: the range of every token and the coordinates at decision positions, for calibration.
+"""`shape`: the range of every token and the moments of decisions, for calibration.
 `all`: the coordinates of every token, for a comparison token by token."""
+
+HEAD = 16
+"""Attention sinks are looked for among so many first positions."""
+SINK_LENGTH = 8.0
+"""A sink's residual is at least so many times as long as the median of its prompt, after some watched layer."""
+BLOCK = 4096
+"""Decisions are gathered until so many stand together; then only their moments are kept."""
 
 
 class Recorder:
-    """Collects coordinates by phase until `write`."""
+    """Collects what clean traffic looks like until `write`."""
 
-    def __init__(self, size: int, keep: Keep) -> None:
+    def __init__(self, space: BankSpace, keep: Keep) -> None:
+        self._space = space
         self._keep = keep
-        self._low = torch.full((2, size), torch.inf)
-        self._high = torch.full((2, size), -torch.inf)
-        self._decisions: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        # The last place along the first axis stands for all positions behind the head.
+        self._low = torch.full((HEAD + 1, len(ROLES), space.size), torch.inf)
+        self._high = torch.full((HEAD + 1, len(ROLES), space.size), -torch.inf)
+        self._long = torch.zeros(HEAD, dtype=torch.int64)
+        self._prompts = torch.zeros(HEAD, dtype=torch.int64)
+        self._pending: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._moments: tuple[list[Moments], list[Moments]] = ([], [])
         self._tokens: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, coordinates: torch.Tensor, batch: Sequence[Rows]) -> None:
-        """One step: coordinates float32 [T, size] and whose rows they are."""
+    def add(self, readings: Readings, roles: torch.Tensor, batch: Sequence[Rows]) -> None:
+        """One step: the readings of its rows, their roles int64 [T], and whose rows they are."""
         for rows in batch:
-            own = coordinates[rows.first_row : rows.first_row + rows.count]
+            span = slice(rows.first_row, rows.first_row + rows.count)
+            own = readings.coordinates[span]
             if self._keep == "all":
                 self._tokens.setdefault(rows.sequence, []).append(own.clone())
                 continue
-            boundary = min(rows.count, max(0, rows.prompt_tokens - rows.first_position))
-            for phase, part in enumerate((own[:boundary], own[boundary:])):
-                if len(part):
-                    self._low[phase] = torch.minimum(self._low[phase], part.min(dim=0).values)
-                    self._high[phase] = torch.maximum(self._high[phase], part.max(dim=0).values)
+            self._widen(own, roles[span], rows.first_position)
+            self._look_for_sinks(readings.lengths[span], rows.first_position)
             if rows.samples:
-                self._decisions[int(boundary < rows.count)].append(own[-1].clone())
+                last = projections(self._space, own[-1:], readings.lengths[span][-1:])
+                self._keep_decision(int(rows.first_position + rows.count > rows.prompt_tokens), last)
+
+    def _widen(self, own: torch.Tensor, roles: torch.Tensor, first_position: int) -> None:
+        places = torch.arange(first_position, first_position + len(own)).clamp_max(HEAD)
+        groups = places * len(ROLES) + roles
+        for group in sorted(set(groups.tolist())):
+            place, role = divmod(group, len(ROLES))
+            part = own[groups == group]
+            self._low[place, role] = torch.minimum(self._low[place, role], part.amin(dim=0))
+            self._high[place, role] = torch.maximum(self._high[place, role], part.amax(dim=0))
+
+    def _look_for_sinks(self, lengths: torch.Tensor, first_position: int) -> None:
+        # A chunk that holds the head and as much again says what is usual; a decode row does not.
+        if first_position or len(lengths) < HEAD // 2:
+            return
+        head = lengths[:HEAD]
+        self._long[: len(head)] += (head > SINK_LENGTH * lengths.median(dim=0).values).any(dim=-1)
+        self._prompts[: len(head)] += 1
+
+    def _keep_decision(self, phase: int, projected: torch.Tensor) -> None:
+        pending = self._pending[phase]
+        pending.append(projected)
+        if len(pending) >= BLOCK:
+            self._moments[phase].append(Moments.of(torch.cat(pending)))
+            pending.clear()
 
     def write(self, path: Path) -> None:
-        """Write what was kept to a safetensors file: `low`, `high` [2, size] and `references.PHASE` [N, size]; or, for
-        `all`, one tensor [T, size] per sequence, named by its id."""
+        """Write what was kept to a safetensors file: `low`, `high` [3, size], `sinks` [S], and per phase `count.PHASE`
+        [1], `mean.PHASE` [size] and `covariance.PHASE` [size, size]; or, for `all`, one tensor [T, size] per sequence,
+        named by its id."""
         if self._keep == "all":
             tensors = {name: torch.cat(parts).contiguous() for name, parts in self._tokens.items()}
         else:
-            tensors = {"low": self._low, "high": self._high}
-            for phase, rows in zip(PHASES, self._decisions, strict=True):
-                size = self._low.shape[1]
-                tensors[f"references.{phase}"] = torch.stack(rows) if rows else torch.empty(0, size)
+            # In most prompts that were long enough to tell.
+            sinks = (2 * self._long > self._prompts).nonzero().squeeze(-1)
+            used = torch.ones(HEAD + 1, dtype=torch.bool)
+            used[sinks] = False
+            tensors = {"low": self._low[used].amin(dim=0), "high": self._high[used].amax(dim=0), "sinks": sinks}
+            for phase, pending, moments in zip(PHASES, self._pending, self._moments, strict=True):
+                parts = [*moments, *([Moments.of(torch.cat(pending))] if pending else [])]
+                tensors[f"count.{phase}"] = torch.tensor([sum(part.count for part in parts)])
+                if parts:
+                    merged = Moments.merged(parts)
+                    tensors[f"mean.{phase}"], tensors[f"covariance.{phase}"] = merged.mean, merged.covariance
         write_atomically(path, save(tensors, metadata={"keep": json.dumps(self._keep)}), CalibrationError)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,14 @@ from guard.engine.probe import Probes
 from guard.engine.recorder import Keep, Recorder
 from guard.engine.runner_v1 import RunnerV1
 from guard.engine.settings import EngineSettings
-from guard.engine.step import score_step
+from guard.engine.step import Scorer
 from guard.engine.stop import choose_reserved_token, replace_sampled, stop_token
 from guard.engine.support import check_support
+from guard.engine.turns import Turns
 from guard.errors import BankError, CalibrationError, EngineError, UnscoredError
 from guard.evidence import POLICY_ARGUMENT, DetectorStatus, Evidence, WorkerStatus
-from guard.scores import BankSpace, Detector
-from guard.verdict import DETECTORS, DetectorName
+from guard.roles import RoleMap
+from guard.scores import BankSpace
 from guard.version import VERSION
 
 if TYPE_CHECKING:
@@ -59,8 +61,9 @@ class Judge:
     calibration: Calibration
     digest: str
     """Of the calibration. Kept: the server asks every few seconds, and the engine waits for the answer."""
-    detectors: dict[DetectorName, Detector]
+    scorer: Scorer
     ledger: Ledger
+    supported: tuple[DetectorStatus, ...]
 
 
 class GuardWorker(PlatformWorker):  # type: ignore[misc]
@@ -85,8 +88,12 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._space = BankSpace.of(self._bank)
         self._runner = RunnerV1(self.model_runner)
         self._probes = Probes(self._runner.model, self._bank, self._runner.capacity)
+        tokenizer = self._tokenizer()
+        self._turns = Turns(RoleMap.of(tokenizer))
+        if not self._turns.map.known:
+            log.warning("every prompt token counts as the user's: %s", self._turns.map.reason)
         self._reserved = choose_reserved_token(
-            self._tokenizer(), self.model_config.get_vocab_size(), self._settings.reserved_token_id
+            tokenizer, self.model_config.get_vocab_size(), self._settings.reserved_token_id
         )
         if self._settings.calibration is not None:
             self.undertow_load_calibration(str(self._settings.calibration))
@@ -137,6 +144,9 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """The forward pass, then the scores of its tokens."""
+        self._turns.finish(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            self._turns.admit(request.req_id, request.prompt_token_ids or ())
         if self._judge is not None:
             self._admit(self._judge, scheduler_output)
         output = super().execute_model(scheduler_output)
@@ -158,13 +168,17 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         for request in step.scheduled_new_reqs:
             parameters = request.sampling_params
             arguments = parameters.extra_args or {}
-            judge.ledger.admit(request.req_id, arguments.get(POLICY_ARGUMENT), stop_token(parameters, self._reserved))
+            judge.ledger.admit(
+                request.req_id,
+                arguments.get(POLICY_ARGUMENT),
+                stop_token(parameters, self._reserved),
+            )
 
     def _score(self, step: SchedulerOutput) -> None:
         total = step.total_num_scheduled_tokens
         self._scheduled = list(step.num_scheduled_tokens)
         try:
-            coordinates = self._probes.read(total)
+            readings = self._probes.read(total)
             batch = list(self._runner.rows(step))
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
@@ -174,13 +188,13 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
                 self._judge.ledger.fail(sequence, str(error))
             return
         if self._recorder is not None:
-            self._recorder.add(coordinates, batch)
+            self._recorder.add(readings, self._turns.of(batch), batch)
         if self._judge is None:
             return
         ledger = self._judge.ledger
         for rows in batch:
             ledger.cover(rows)
-        for sequence, scores in score_step(self._space, self._judge.detectors, coordinates, batch):
+        for sequence, scores in self._judge.scorer.score(readings, self._turns.of(batch), batch):
             ledger.score(sequence, scores)
 
     # -- asked from outside, by collective_rpc or through the channel -------------------------------------------------
@@ -200,9 +214,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             calibration=self._judge.digest,
             layers=self._space.layers,
             reserved_token_id=self._reserved,
-            detectors=tuple(
-                DetectorStatus(detector=name, supported_fpr=calibration.supported_fpr(name)) for name in DETECTORS
-            ),
+            detectors=self._judge.supported,
             undertow_version=VERSION,
             vllm_version=vllm.__version__,
             dtype=str(self.model_config.dtype).removeprefix("torch."),
@@ -226,6 +238,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             )
         if calibration.space != self._space:
             raise CalibrationError(f"{path}: its directions are not the bank's")
+        if calibration.roles != self._turns.map:
+            raise CalibrationError(f"{path}: made with another chat template than this engine's")
         dtype = str(self.model_config.dtype).removeprefix("torch.")
         if calibration.facts.get("dtype") != dtype:
             raise CalibrationError(
@@ -234,12 +248,17 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         ledger = Ledger(calibration, self._settings.policy)
         if self._judge is not None:
             ledger.adopt(self._judge.ledger)
-        self._judge = Judge(calibration, calibration.digest(), calibration.shape.detectors(self._space), ledger)
+        scorer, supported = Scorer.of(calibration), _supported(calibration)
+        self._judge = Judge(calibration, calibration.digest(), scorer, ledger, supported)
         return self._judge.digest
 
     def undertow_record(self, keep: Keep) -> None:
-        """Record the coordinates of what follows, in place of anything recorded before."""
-        self._recorder = Recorder(self._space.size, keep)
+        """Record what follows, in place of anything recorded before."""
+        self._recorder = Recorder(self._space, keep)
+
+    def undertow_roles(self) -> str:
+        """How the chat template marks who speaks: `RoleMap.to_dict` as JSON."""
+        return json.dumps(self._turns.map.to_dict())
 
     def undertow_write_recording(self, path: str) -> None:
         """Write what was recorded, and record no more. Raises EngineError where nothing was asked for."""
@@ -247,3 +266,10 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             raise EngineError("nothing is being recorded")
         self._recorder.write(Path(path))
         self._recorder = None
+
+
+def _supported(calibration: Calibration) -> tuple[DetectorStatus, ...]:
+    """The smallest rate of every combination of detectors."""
+    names = sorted(calibration.detectors)
+    groups = [group for size in range(1, len(names) + 1) for group in combinations(names, size)]
+    return tuple(DetectorStatus(detectors=group, supported_fpr=calibration.ranks(group).supported) for group in groups)

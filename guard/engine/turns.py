@@ -1,0 +1,42 @@
+"""Who speaks in every sequence of the engine: the role of each of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from guard.engine.runner_v1 import Rows
+from guard.roles import ROLES, RoleMap, TokenIds
+
+GENERATED = ROLES.index("assistant")
+
+
+class Turns:
+    """The roles of running sequences."""
+
+    def __init__(self, roles: RoleMap) -> None:
+        self.map = roles
+        self._prompts: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def admit(self, sequence: str, prompt: TokenIds) -> None:
+        """A new sequence and its prompt's token ids; empty where the prompt is not of tokens."""
+        self._prompts[sequence] = self.map.roles(prompt)
+
+    def finish(self, sequences: Iterable[str]) -> None:
+        """These sequences run no more."""
+        for sequence in sequences:
+            self._prompts.pop(sequence, None)
+
+    def of(self, batch: Iterable[Rows]) -> torch.Tensor:
+        """int64 [T]: for the rows of a step, in order, an index into `ROLES`. What is generated is the assistant's."""
+        return torch.from_numpy(np.concatenate([self._of(rows) for rows in batch]))
+
+    def _of(self, rows: Rows) -> npt.NDArray[np.int64]:
+        roles = np.full(rows.count, GENERATED, dtype=np.int64)
+        inside = slice(rows.first_position, min(rows.first_position + rows.count, rows.prompt_tokens))
+        known = self._prompts[rows.sequence][inside]
+        roles[: len(known)] = known
+        return roles
