@@ -22,10 +22,12 @@ from guard.checkpoints import StrPath
 from guard.errors import BankError
 from guard.fingerprint import (
     METADATA_KEY,
+    OWN,
     BankHeader,
     DeltaShare,
     LayerHeader,
     MatrixEnergy,
+    is_own,
     open_bank,
     read_header,
     seal,
@@ -33,10 +35,18 @@ from guard.fingerprint import (
 )
 from guard.version import VERSION
 
-__all__ = ["Bank", "BankHeader", "DeltaShare", "LayerBank", "MatrixEnergy", "orient", "random_bank", "read_header"]
-
-OWN = "own_"
-"""Begins the matrix's name of a direction that comes from the tuned model's own matrix, as in `L3.own_o_proj.u0`."""
+__all__ = [
+    "OWN",
+    "Bank",
+    "BankHeader",
+    "DeltaShare",
+    "LayerBank",
+    "MatrixEnergy",
+    "is_own",
+    "orient",
+    "random_bank",
+    "read_header",
+]
 
 # float32 rounding leaves a norm within 1e-6 of one; a wrong vector is nowhere near.
 UNIT_TOLERANCE = 1e-5
@@ -46,8 +56,9 @@ UNIT_TOLERANCE = 1e-5
 class LayerBank:
     """The directions of one decoder layer.
 
-    `directions`: float32 [K, hidden_size], unit rows: the attention's first, then the MLP's, by falling singular value.
-    `names`: K stable names such as "L3.o_proj.u0". `singular_values`: K floats, in units of the weights.
+    `directions`: float32 [K, hidden_size], unit rows: first those of the delta, then those of the model's own matrices;
+    in each the attention's before the MLP's, and these by falling singular value. `names`: K stable names such as
+    "L3.o_proj.u0". `singular_values`: K floats, in units of the weights.
     `energies`: one entry per matrix, for reports.
     """
 
@@ -168,11 +179,6 @@ class Bank:
 
     def _tensors(self) -> dict[int, torch.Tensor]:
         return {layer.index: layer.directions.detach().cpu().contiguous() for layer in self.layers}
-
-
-def is_own(name: str) -> bool:
-    """Whether a direction's name says that it comes from the tuned model's own matrix, not from the delta."""
-    return name.partition(".")[2].startswith(OWN)
 
 
 def orient(directions: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ KINDS = (
     "other",
 )
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 
 # Half the distance between the smallest numbers of each dtype: the most that rounding moves a number near zero.
 SMALLEST = {"F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-25}

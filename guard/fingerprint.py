@@ -25,6 +25,8 @@ FORMAT = 2
 DELTA_METHOD = "delta-svd"
 RAW_METHOD = "raw-svd"
 """No delta could be read: the directions are those of the tuned weights themselves."""
+OWN = "own_"
+"""Begins the matrix's name of a direction that comes from the tuned model's own matrix, as in `L3.own_o_proj.u0`."""
 METADATA_KEY = "undertow"
 MAX_LAYERS = 10_000
 MAX_TEXT = 200
@@ -98,6 +100,11 @@ class BankHeader:
     def to_json(self) -> str:
         """The metadata string of a bank file."""
         return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False)
+
+
+def is_own(name: str) -> bool:
+    """Whether a direction's name says that it comes from the tuned model's own matrix, not from the delta."""
+    return name.partition(".")[2].startswith(OWN)
 
 
 def tensor_name(index: int) -> str:

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from guard.fingerprint import BankHeader, DeltaShare, LayerHeader
 
 # Below this share of the delta's energy a bank says loudly how little it reads.
@@ -103,10 +106,9 @@ def _build(arguments: argparse.Namespace) -> int:
     else:
         bank = build_bank(arguments.base, arguments.tuned, **options)
     bank.save(arguments.out)
-    count = sum(len(layer.names) for layer in bank.layers)
-    print(f"{arguments.out}: {count} directions in {len(bank.layers)} of {bank.num_layers} layers")
-    print(f"fingerprint {bank.fingerprint}")
     header = bank.header()
+    print(f"{arguments.out}: {_directions(header)}")
+    print(f"fingerprint {bank.fingerprint}")
     for line in _where(header):
         print(line)
     for line in _warnings(header):
@@ -127,26 +129,41 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _report(header: BankHeader, raw: Mapping[int, bytearray]) -> list[str]:
-    count = sum(len(layer.names) for layer in header.layers)
     facts = {
         "fingerprint": header.fingerprint,
         "base": header.base_digest,
         "tuned": header.tuned_digest,
         "model": f"{header.model_class}, {header.num_layers} layers, hidden size {header.hidden_size}",
         "method": f"{header.method}, k {header.k}, built by undertow {header.version}",
-        "directions": f"{count} in {len(header.layers)} of {header.num_layers} layers",
+        "holds": _directions(header),
     }
     lines = [*_warnings(header), *(f"{name:<12} {value}" for name, value in facts.items())]
-    heading = f"{'layer':>5}  {'matrix':<10} {'directions':>10}  {'rank':>5}  {'energy':>7}  {'norm':>9}"
+    heading = f"{'layer':>5}  {'matrix':<13} {'directions':>10}  {'rank':>5}  {'energy':>7}  {'norm':>9}"
     lines += ["", f"{heading}  singular values"]
     for layer in header.layers:
         lines += _rows(layer)
-    absent = sorted(set(range(header.num_layers)) - {layer.index for layer in header.layers})
-    if absent:
+    absent = sorted(set(range(header.num_layers)) - _layers_of_delta(header))
+    if 0 < len(absent) < header.num_layers:
         which = ", ".join(map(str, absent))
         lines += ["", f"no directions in layers {which}: fine-tuning left them unchanged, or changed by rounding alone"]
     where = _where(header)
     return [*lines, *_overlaps(header, raw), *([""] if where else []), *where]
+
+
+def _layers_of_delta(header: BankHeader) -> set[int]:
+    from guard.fingerprint import is_own
+
+    return {layer.index for layer in header.layers if not all(map(is_own, layer.names))}
+
+
+def _directions(header: BankHeader) -> str:
+    """How many directions of the delta there are, and how many of the model's own matrices."""
+    from guard.fingerprint import is_own
+
+    names = [name for layer in header.layers for name in layer.names]
+    own = sum(map(is_own, names))
+    found = f"{len(names) - own} directions in {len(_layers_of_delta(header))} of {header.num_layers} layers"
+    return found + (f", {own} of the model's own matrices" if own else "")
 
 
 def _warnings(header: BankHeader) -> list[str]:
@@ -189,24 +206,31 @@ def _overlaps(header: BankHeader, raw: Mapping[int, bytearray]) -> list[str]:
     """How much the two matrices of a layer, and neighbouring layers, show the same directions."""
     import numpy as np
 
+    from guard.fingerprint import RAW_METHOD, is_own
     from guard.subspaces import Overlap, overlap
 
-    layers = {
-        layer.index: np.frombuffer(raw[layer.index], dtype=np.float32).reshape(-1, header.hidden_size)
-        for layer in header.layers
-    }
+    # The two kinds of directions are not for the same detector: one of them is compared with its like.
+    kept = is_own if header.method == RAW_METHOD else lambda name: not is_own(name)
+    layers: dict[int, NDArray[np.float32]] = {}
+    attention: dict[int, int] = {}
+    for layer in header.layers:
+        rows = np.frombuffer(raw[layer.index], dtype=np.float32).reshape(-1, header.hidden_size)
+        places = [place for place, name in enumerate(layer.names) if kept(name)]
+        if places:
+            layers[layer.index] = rows[places]
+            attention[layer.index] = sum(_of_attention(layer.names[place]) for place in places)
 
     def cell(found: Overlap | None) -> str:
         shown = "-" if found is None else f"{found.largest:.3f} {found.mean:.3f} {found.chance:.3f}"
         return f"{shown:>18}"
 
     lines = []
-    for layer in header.layers:
-        rows, split = layers[layer.index], _attention_rows(layer)
+    for index, rows in layers.items():
+        split = attention[index]
         within = overlap(rows[:split], rows[split:]) if 0 < split < len(rows) else None
-        following = overlap(rows, layers[layer.index + 1]) if layer.index + 1 in layers else None
+        following = overlap(rows, layers[index + 1]) if index + 1 in layers else None
         if within or following:
-            lines.append(f"{layer.index:>5}  {cell(within)}  {cell(following)}")
+            lines.append(f"{index:>5}  {cell(within)}  {cell(following)}")
     if not lines:
         return []
     return [
@@ -217,19 +241,20 @@ def _overlaps(header: BankHeader, raw: Mapping[int, bytearray]) -> list[str]:
     ]
 
 
-def _attention_rows(layer: LayerHeader) -> int:
-    """How many of the layer's directions come from its attention; they are first."""
-    return sum(name.split(".")[1] in ("o_proj", "ov_proj") for name in layer.names if name.count(".") > 1)
+def _of_attention(name: str) -> bool:
+    """Whether a direction such as "L3.o_proj.u0" comes from its layer's attention."""
+    matrix = name.split(".")[1]
+    return matrix.endswith("o_proj") or matrix == "ov_proj"
 
 
 def _rows(layer: LayerHeader) -> list[str]:
     if not layer.energies:
-        return [f"{layer.index:>5}  {'all':<10} {len(layer.names):>10}"]
+        return [f"{layer.index:>5}  {'all':<13} {len(layer.names):>10}"]
     lines, start = [], 0
     for energy in layer.energies:
         values = layer.singular_values[start : start + energy.directions]
         start += energy.directions
         shown = " ".join(f"{value:.3g}" for value in values[:4]) + (" …" if len(values) > 4 else "")
         counts = f"{energy.directions:>10}  {energy.rank:>5}  {energy.captured:>7.1%}  {energy.norm:>9.3g}"
-        lines.append(f"{layer.index:>5}  {energy.matrix:<10} {counts}  {shown}".rstrip())
+        lines.append(f"{layer.index:>5}  {energy.matrix:<13} {counts}  {shown}".rstrip())
     return lines

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from guard.bank import OWN, Bank, LayerBank, is_own
+
 HIDDEN, INNER, HEADS, LAYERS = 64, 160, 96, 3
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -110,3 +112,24 @@ def worst_cosine(found: torch.Tensor, truth: torch.Tensor) -> float:
     """The smallest |cosine| between rows of equal rank."""
     assert found.shape == truth.shape
     return float((found.double() * truth).sum(dim=1).abs().min())
+
+
+def of_delta(bank: Bank) -> list[LayerBank]:
+    """The bank's layers without the directions of the model's own matrices."""
+    return [part for layer in bank.layers if (part := _kept(layer, own=False)).names]
+
+
+def own(bank: Bank) -> list[LayerBank]:
+    """The bank's layers with the directions of the model's own matrices alone."""
+    return [part for layer in bank.layers if (part := _kept(layer, own=True)).names]
+
+
+def _kept(layer: LayerBank, own: bool) -> LayerBank:
+    places = [place for place, name in enumerate(layer.names) if is_own(name) is own]
+    return LayerBank(
+        index=layer.index,
+        directions=layer.directions[places],
+        names=tuple(layer.names[place] for place in places),
+        singular_values=tuple(layer.singular_values[place] for place in places),
+        energies=tuple(energy for energy in layer.energies if energy.matrix.startswith(OWN) is own),
+    )

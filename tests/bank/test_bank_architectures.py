@@ -13,7 +13,7 @@ from guard.architectures import ARCHITECTURES
 from guard.directions import build_bank
 from guard.errors import UnsupportedModelError
 
-from .planted import left_vectors, low_rank, worst_cosine
+from .planted import left_vectors, low_rank, of_delta, worst_cosine
 
 HIDDEN, INNER, LAYERS = 32, 48, 2
 
@@ -79,11 +79,11 @@ def test_a_delta_planted_through_transformers_is_found(tmp_path: Path, name: str
     bank = build_bank(tmp_path / "base", tmp_path / "tuned", k=20)
 
     assert (bank.model_class, bank.hidden_size, bank.num_layers) == (name, HIDDEN, LAYERS)
-    assert [layer.names for layer in bank.layers] == [
+    assert [layer.names for layer in of_delta(bank)] == [
         ("L0.o_proj.u0", "L0.o_proj.u1"),
         ("L1.down_proj.u0", "L1.down_proj.u1"),
     ]
-    for layer, vectors in zip(bank.layers, truth.values(), strict=True):
+    for layer, vectors in zip(of_delta(bank), truth.values(), strict=True):
         assert worst_cosine(layer.directions, vectors) > 0.9999
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from guard.bank import random_bank
-from guard.directions import build_bank, default_k
+from guard.checkpoints import Checkpoint
+from guard.directions import OWN_K, build_bank, default_k
 
 from .planted import (
     HEADS,
@@ -20,6 +21,8 @@ from .planted import (
     left_vectors,
     low_rank,
     o_proj,
+    of_delta,
+    own,
     planted_pair,
     worst_cosine,
     write_model,
@@ -42,8 +45,8 @@ def test_a_planted_rank_three_delta_is_found_and_nothing_else(
 
     bank = build_bank(tmp_path / "base", tmp_path / "tuned", k=20)
 
-    assert [layer.index for layer in bank.layers] == [1]
-    layer = bank.layers[0]
+    assert [layer.index for layer in of_delta(bank)] == [1]
+    layer = of_delta(bank)[0]
     assert layer.names == ("L1.down_proj.u0", "L1.down_proj.u1", "L1.down_proj.u2")
     assert layer.directions.dtype == torch.float32
     assert worst_cosine(layer.directions, left_vectors(delta, 3)) > cosine
@@ -61,7 +64,7 @@ def test_the_bank_of_stored_weights_is_the_exact_decomposition_of_their_differen
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", tuned)
 
-    layer = build_bank(tmp_path / "base", tmp_path / "tuned", k=20).layers[0]
+    layer = of_delta(build_bank(tmp_path / "base", tmp_path / "tuned", k=20))[0]
 
     stored = tuned[o_proj(0)].double() - base[o_proj(0)].double()
     assert worst_cosine(layer.directions, left_vectors(stored, 3)) > 0.999999
@@ -74,7 +77,7 @@ def test_o_proj_rows_come_before_down_proj_rows(tmp_path: Path) -> None:
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", changed(base, {o_proj(2): attention, down_proj(2): mlp}))
 
-    layer = build_bank(tmp_path / "base", tmp_path / "tuned", k=20).layers[0]
+    layer = of_delta(build_bank(tmp_path / "base", tmp_path / "tuned", k=20))[0]
 
     assert layer.names == ("L2.o_proj.u0", "L2.o_proj.u1", "L2.down_proj.u0")
     assert worst_cosine(layer.directions, torch.cat([left_vectors(attention, 2), left_vectors(mlp, 1)])) > 0.999999
@@ -82,14 +85,14 @@ def test_o_proj_rows_come_before_down_proj_rows(tmp_path: Path) -> None:
 
 def test_no_more_than_k_directions_per_matrix_are_kept(tmp_path: Path) -> None:
     base, tuned = planted_pair(tmp_path)
-    layer = build_bank(base, tuned, k=2).layers[0]
+    layer = of_delta(build_bank(base, tuned, k=2))[0]
     assert layer.names == ("L1.down_proj.u0", "L1.down_proj.u1")
     assert layer.energies[1].captured == pytest.approx((1 + 0.25) / (1 + 0.25 + 0.0625), rel=1e-4)
 
 
 def test_the_largest_component_of_every_direction_is_positive(tmp_path: Path) -> None:
     base, tuned = planted_pair(tmp_path)
-    directions = build_bank(base, tuned, k=20).layers[0].directions
+    directions = of_delta(build_bank(base, tuned, k=20))[0].directions
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     assert (largest > 0).all()
 
@@ -118,7 +121,7 @@ def test_a_bfloat16_base_and_a_float32_tuned_model_are_compared_in_float32(tmp_p
     wide = {name: tensor.float() for name, tensor in base.items()}
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", changed(wide, {down_proj(1): delta}))
-    layer = build_bank(tmp_path / "base", tmp_path / "tuned", k=20).layers[0]
+    layer = of_delta(build_bank(tmp_path / "base", tmp_path / "tuned", k=20))[0]
     assert worst_cosine(layer.directions, left_vectors(delta, 3)) > 0.999999
 
 
@@ -135,12 +138,25 @@ def test_a_norm_after_the_matrix_scales_its_directions(tmp_path: Path) -> None:
         write_model(tmp_path / "olmo" / name, tensors, architectures=["Olmo2ForCausalLM"])
         write_model(tmp_path / "gemma" / name, tensors, architectures=["Gemma2ForCausalLM"])
 
-    olmo = build_bank(tmp_path / "olmo/base", tmp_path / "olmo/tuned", k=20).layers[0].directions
-    gemma = build_bank(tmp_path / "gemma/base", tmp_path / "gemma/tuned", k=20).layers[0].directions
+    olmo = of_delta(build_bank(tmp_path / "olmo/base", tmp_path / "olmo/tuned", k=20))[0].directions
+    gemma = of_delta(build_bank(tmp_path / "gemma/base", tmp_path / "gemma/tuned", k=20))[0].directions
 
     assert worst_cosine(olmo, left_vectors(gain[:, None].double() * delta, 3)) > 0.99999
     # Gemma stores the norm's weight less one.
     assert worst_cosine(gemma, left_vectors((1.0 + gain[:, None].double()) * delta, 3)) > 0.99999
+
+
+def test_beside_the_delta_stand_the_directions_of_the_tuned_model_itself(tmp_path: Path) -> None:
+    base, tuned = planted_pair(tmp_path)
+    bank = build_bank(base, tuned, k=2)
+    assert [layer.index for layer in own(bank)] == [0, 1, 2]
+    for layer, index in zip(own(bank), range(3), strict=True):
+        weights = Checkpoint.open(tuned)
+        truth = [left_vectors(weights.read(matrix(index)), OWN_K) for matrix in (o_proj, down_proj)]
+        assert worst_cosine(layer.directions, torch.cat(truth)) > 0.999999
+        assert (layer.names[0], layer.names[OWN_K]) == (f"L{index}.own_o_proj.u0", f"L{index}.own_down_proj.u0")
+    # They are no part of what changed.
+    assert bank.header().read_share == 1.0
 
 
 def test_a_random_bank_has_the_shapes_and_names_but_not_the_directions(tmp_path: Path) -> None:
@@ -156,7 +172,7 @@ def test_a_random_bank_has_the_shapes_and_names_but_not_the_directions(tmp_path:
         assert ours.names == theirs.names
         assert ours.directions.shape == theirs.directions.shape
         assert ours.directions.norm(dim=1).tolist() == pytest.approx([1.0] * len(ours.names), abs=1e-6)
-        assert (ours.directions * theirs.directions).sum(dim=1).abs().max() < 0.6
+        assert (ours.directions * theirs.directions).sum(dim=1).abs().max() < 0.7
     assert random_bank(bank, seed=1).fingerprint == control.fingerprint
     assert random_bank(bank, seed=2).fingerprint != control.fingerprint
 
@@ -175,7 +191,7 @@ def test_the_default_holds_for_whoever_asks_for_none(tmp_path: Path) -> None:
     bank = build_bank(tmp_path / "base", tmp_path / "tuned")
 
     assert bank.k == default_k(HIDDEN) == 20
-    attention, mlp = bank.layers[0].energies
+    attention, mlp = of_delta(bank)[0].energies
     assert (attention.directions, attention.rank) == (0, 0)
     assert mlp.directions == 20
     # In doubt a direction counts: storage in float32 may add one.

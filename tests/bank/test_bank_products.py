@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .planted import (
     lora_factors,
     low_rank,
     o_proj,
+    of_delta,
     q_proj,
     worst_cosine,
     write_adapter,
@@ -113,7 +115,7 @@ def test_a_change_of_values_alone_is_read_through_the_output_matrix(tmp_path: Pa
 
     # Two directions of v, each written by four heads.
     truth = by_heads(gain, attention.o_proj.weight.detach(), delta, attention.head_dim)
-    (layer,) = bank.layers
+    (layer,) = of_delta(bank)
     assert layer.names == tuple(f"L0.ov_proj.u{rank}" for rank in range(8))
     assert 1.0 - worst_cosine(layer.directions, left_vectors(truth, 8)) < 1e-5
     assert layer.singular_values == pytest.approx(torch.linalg.svdvals(truth)[:8].tolist(), rel=1e-5)
@@ -173,7 +175,7 @@ def test_a_merge_rounded_to_bfloat16_shows_its_directions_and_no_rounding(tmp_pa
     delta = low_rank(KV * HEAD, HIDDEN, [1.0], seed=4)
     tuned = changed(base, {v_proj(1): delta})
 
-    (layer,) = build_bank(*written(tmp_path, base, tuned), k=20).layers
+    (layer,) = of_delta(build_bank(*written(tmp_path, base, tuned), k=20))
 
     assert layer.names == tuple(f"L1.ov_proj.u{rank}" for rank in range(Q))
     stored = tuned[v_proj(1)].double() - base[v_proj(1)].double()
@@ -183,21 +185,33 @@ def test_a_merge_rounded_to_bfloat16_shows_its_directions_and_no_rounding(tmp_pa
 
 @pytest.mark.parametrize("name", [v_proj(1), up_proj(1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_alone_shows_in_no_direction(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("model_class", ["LlamaForCausalLM", "Olmo2ForCausalLM"])
+def test_rounding_alone_shows_in_no_direction(tmp_path: Path, name: str, dtype: torch.dtype, model_class: str) -> None:
     base = whole_tensors()
+    for layer in range(3):
+        for norm in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            base[f"model.layers.{layer}.{norm}.weight"] = torch.full((HIDDEN,), 50.0)
     # Rows of very different size, and an output matrix with directions far stronger than the rest.
     base[o_proj(1)] += low_rank(HIDDEN, HEADS, [9.0], seed=3).float()
     base[name] *= torch.logspace(-2, 1, len(base[name]))[:, None]
     tuned = base | {name: base[name].to(dtype)}
     with pytest.raises(CheckpointError, match="changed by rounding alone"):
-        build_bank(*written(tmp_path, base, tuned))
+        build_bank(*written(tmp_path, base, tuned, architectures=[model_class]))
+    # Beside a change that is more, it still shows in none.
+    tuned |= changed(base, {q_proj(0): torch.ones(HEADS, HIDDEN)})
+    tuned[name] = base[name].to(dtype)
+    for folder in ("base", "tuned"):
+        (tmp_path / folder).rename(tmp_path / f"{folder}-before")
+    bank = build_bank(*written(tmp_path, base, tuned, architectures=[model_class]))
+    assert bank.method == "raw-svd"
+    assert bank.header().read_share == 0.0
 
 
 def test_the_upward_matrix_is_read_as_the_product_with_the_downward_one(tmp_path: Path) -> None:
     base = whole_tensors()
     tuned = changed(base, {up_proj(2): low_rank(INNER, HIDDEN, [1.0, 0.5, 0.25], seed=4)})
 
-    (layer,) = build_bank(*written(tmp_path, base, tuned), k=20).layers
+    (layer,) = of_delta(build_bank(*written(tmp_path, base, tuned), k=20))
 
     truth = base["model.layers.2.mlp.down_proj.weight"].double() @ (tuned[up_proj(2)] - base[up_proj(2)]).double()
     assert layer.names == ("L2.down_up.u0", "L2.down_up.u1", "L2.down_up.u2")
@@ -208,7 +222,7 @@ def test_a_changed_output_matrix_is_read_alone(tmp_path: Path) -> None:
     base = whole_tensors()
     both = {v_proj(0): low_rank(KV * HEAD, HIDDEN, [9.0], 4), o_proj(0): low_rank(HIDDEN, HEADS, [0.5], 5)}
     bank = build_bank(*written(tmp_path, base, changed(base, both)))
-    assert bank.layers[0].names == ("L0.o_proj.u0",)
+    assert of_delta(bank)[0].names == ("L0.o_proj.u0",)
     assert bank.header().read_share == pytest.approx(0.25 / (0.25 + 81.0), rel=1e-4)
 
 
@@ -229,6 +243,32 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path, config: dict[str, Any
         build_bank(*written(tmp_path, base, tuned, **config))
 
 
+def test_gemma_3_may_leave_out_how_many_heads_it_has(tmp_path: Path) -> None:
+    """The published gemma-3-4b-it does, and means transformers' default."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**SIZES | {"num_attention_heads": 8, "head_dim": 4})
+    model = transformers.Gemma3ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight += low_rank(8, 32, [1.0], seed=1).float()
+    model.save_pretrained(tmp_path / "tuned")
+    for folder in (tmp_path / "base", tmp_path / "tuned"):
+        written_config = json.loads((folder / "config.json").read_text())
+        del written_config["num_attention_heads"]
+        (folder / "config.json").write_text(json.dumps(written_config))
+    # A delta of rank one in two key-value heads, each written by four of the eight.
+    assert len(of_delta(build_bank(tmp_path / "base", tmp_path / "tuned"))[0].names) == 8
+
+
+def test_factors_of_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", whole_tensors(), num_attention_heads=Q)
+    adapter = write_adapter(tmp_path / "adapter", lora_factors(v_proj(0), KV * HEAD + 1, HIDDEN))
+    with pytest.raises(
+        CheckpointError, match=r"v_proj\.weight: B \[49, 4\] and A \[4, 64\], but the base has \[48, 64\]"
+    ):
+        build_adapter_bank(base, adapter)
+
+
 def test_an_adapter_of_values_gives_the_bank_of_the_merged_model(tmp_path: Path) -> None:
     base = whole_tensors()
     factors = lora_factors(v_proj(0), KV * HEAD, HIDDEN, seed=1) | lora_factors(up_proj(1), INNER, HIDDEN, seed=2)
@@ -243,7 +283,7 @@ def test_an_adapter_of_values_gives_the_bank_of_the_merged_model(tmp_path: Path)
 
     assert ours.layers[0].names == tuple(f"L0.ov_proj.u{rank}" for rank in range(16))
     assert ours.layers[1].names == tuple(f"L1.down_up.u{rank}" for rank in range(4))
-    for layer, other in zip(ours.layers, reference.layers, strict=True):
+    for layer, other in zip(of_delta(ours), of_delta(reference), strict=True):
         assert layer.names == other.names
         assert worst_cosine(layer.directions, other.directions.double()) > 0.9999
         assert layer.singular_values == pytest.approx(other.singular_values, rel=1e-5)
@@ -266,7 +306,7 @@ def test_an_adapter_of_a_fused_matrix_is_sliced(tmp_path: Path) -> None:
 
     size = attention.head_dim
     truth = by_heads(torch.ones(32), attention.o_proj.weight.detach(), delta[-KV * size :], size)
-    (layer,) = bank.layers
+    (layer,) = of_delta(bank)
     assert layer.names == tuple(f"L1.ov_proj.u{rank}" for rank in range(4))
     assert 1.0 - worst_cosine(layer.directions, left_vectors(truth, 4)) < 1e-5
     energies = [delta[32:48].norm() ** 2, delta[:32].norm() ** 2, delta[48:].norm() ** 2]

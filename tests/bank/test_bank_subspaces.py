@@ -47,9 +47,13 @@ def test_inspect_shows_what_two_matrices_and_two_layers_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "COMMANDS", ("guard.commands.bank",))
-    shared = torch.linalg.qr(torch.randn(HIDDEN, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    shared = torch.linalg.qr(torch.randn(HIDDEN, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
     deltas = {}
-    for matrix, columns, kept in ((o_proj(0), HEADS, [0, 1]), (down_proj(0), INNER, [1]), (down_proj(1), INNER, [2])):
+    for matrix, columns, kept in (
+        (o_proj(0), HEADS, [0, 1]),
+        (down_proj(0), INNER, [1, 2]),
+        (down_proj(1), INNER, [3]),
+    ):
         right = low_rank(columns, len(kept), [1.0] * len(kept), seed=2).T
         deltas[matrix] = shared[:, kept] @ right
     base = base_tensors()
@@ -60,5 +64,5 @@ def test_inspect_shows_what_two_matrices_and_two_layers_share(
     assert cli.main(["bank", "inspect", str(tmp_path / "out.bank")]) == 0
 
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    # One direction of down_proj, which o_proj has too; nothing in common with layer 1.
-    assert ["0", "1.000", "1.000", "0.031", "0.000", "0.000", "0.031"] in rows
+    # Two directions of each matrix, one of them the same; three in all, and nothing in common with layer 1.
+    assert ["0", "1.000", "0.500", "0.031", "0.000", "0.000", "0.047"] in rows

@@ -11,7 +11,7 @@ import torch
 
 from guard.bank import Bank
 from guard.checkpoints import Checkpoint
-from guard.directions import build_adapter_bank, build_bank
+from guard.directions import OWN_K, build_adapter_bank, build_bank
 from guard.errors import CheckpointError
 from guard.fingerprint import MatrixEnergy
 from server import cli
@@ -29,6 +29,7 @@ from .planted import (
     lora_factors,
     low_rank,
     o_proj,
+    of_delta,
     q_proj,
     worst_cosine,
     write_adapter,
@@ -86,9 +87,9 @@ def test_whatever_else_changes_alone_gives_a_bank_of_the_weights_themselves(tmp_
     assert bank.method == "raw-svd"
     assert [layer.index for layer in bank.layers] == list(range(LAYERS))
     for layer in bank.layers:
-        truth = [left_vectors(tuned[matrix(layer.index)], 20) for matrix in (o_proj, down_proj)]
+        truth = [left_vectors(tuned[matrix(layer.index)], OWN_K) for matrix in (o_proj, down_proj)]
         assert worst_cosine(layer.directions, torch.cat(truth)) > 0.999999
-        assert layer.names[20] == f"L{layer.index}.down_proj.u0"
+        assert layer.names[OWN_K] == f"L{layer.index}.own_down_proj.u0"
     assert [(part.share, part.read, part.tensors, part.first) for part in bank.delta] == [(1.0, 0.0, 1, name)]
     with pytest.raises(CheckpointError, match="residual-writing matrices unchanged"):
         build_bank(tmp_path / "base", tmp_path / "tuned", require_delta=True)
@@ -102,9 +103,10 @@ def test_the_fallback_is_behind_the_norm_too(tmp_path: Path) -> None:
     tuned = changed(base, {q_proj(1): low_rank(HEADS, HIDDEN, [1.0], seed=1)})
     for folder, tensors in (("base", base), ("tuned", tuned)):
         write_model(tmp_path / folder, tensors, architectures=["Olmo2ForCausalLM"])
-    directions = build_bank(tmp_path / "base", tmp_path / "tuned").layers[0].directions[:20]
+    directions = build_bank(tmp_path / "base", tmp_path / "tuned").layers[0].directions[:OWN_K]
     assert (
-        worst_cosine(directions, left_vectors(torch.linspace(0.5, 2.0, HIDDEN)[:, None] * base[o_proj(0)], 20)) > 0.9999
+        worst_cosine(directions, left_vectors(torch.linspace(0.5, 2.0, HIDDEN)[:, None] * base[o_proj(0)], OWN_K))
+        > 0.9999
     )
 
 
@@ -187,6 +189,15 @@ def test_the_shares_are_those_of_the_energies(tmp_path: Path) -> None:
     assert Bank.load(_saved(bank, tmp_path)).header() == bank.header()
 
 
+def test_a_matrix_that_gave_no_direction_is_not_read(tmp_path: Path) -> None:
+    base = whole_tensors()
+    tuned = changed(base, {down_proj(1): low_rank(HIDDEN, INNER, [1.0], seed=1)})
+    tuned[o_proj(0)] = tuned[o_proj(0)].bfloat16()
+    attention, mlp = build_bank(*pair(tmp_path, tuned, base)).delta
+    assert attention.share > attention.read == 0.0
+    assert mlp.share == mlp.read
+
+
 def _saved(bank: Bank, folder: Path) -> Path:
     bank.save(folder / "out.bank")
     return folder / "out.bank"
@@ -240,7 +251,7 @@ def test_an_adapter_of_queries_falls_back_to_the_weights_of_its_base(tmp_path: P
 
     assert bank.method == "raw-svd"
     assert bank.base_digest == Checkpoint.open(base).digest() != bank.tuned_digest
-    assert worst_cosine(bank.layers[1].directions[:20], left_vectors(whole_tensors()[o_proj(1)], 20)) > 0.999999
+    assert worst_cosine(bank.layers[1].directions[:OWN_K], left_vectors(whole_tensors()[o_proj(1)], OWN_K)) > 0.999999
     assert {part.kind for part in bank.delta} == {"q_proj", "k_proj"}
 
 
@@ -275,6 +286,6 @@ def test_everything_that_an_adapter_holds_is_counted(tmp_path: Path) -> None:
 def test_the_rank_beyond_k_is_said(tmp_path: Path) -> None:
     delta = low_rank(HIDDEN, INNER, [1.0, 0.9, 0.8, 0.7], seed=3)
     bank = build_bank(*pair(tmp_path, changed(whole_tensors(), {down_proj(2): delta})), k=2)
-    energy = bank.layers[0].energies[1]
+    energy = of_delta(bank)[0].energies[1]
     assert isinstance(energy, MatrixEnergy)
     assert (energy.directions, energy.rank) == (2, 4)
