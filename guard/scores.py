@@ -26,7 +26,7 @@ from guard.bank import Bank, is_own
 from guard.errors import CalibrationError
 from guard.verdict import DetectorName
 
-RIDGE = 0.1
+RIDGE = 0.3
 """Added to every variance, in units of the mean variance of the coordinate's layer: what clean traffic hardly ever
 varies in must not count without bound. Chosen on development organisms, see docs/decisions/0003-density.md."""
 
@@ -231,16 +231,28 @@ class Density:
         worst = torch.zeros(len(rows), dtype=torch.int64)
         for phase in sorted(set(tokens.phases.tolist())):
             own = (tokens.phases == phase).nonzero().squeeze(-1)
-            deviations = rows[own] - self._means[phase]
-            whitened = deviations @ self._factors[phase]
+            whitened, shares = self._explain(rows[own], phase)
             values[own] = whitened.square().mean(dim=-1).sqrt()
-            # x_i (P x)_i: what coordinate i adds to x' P x. Some are negative, their sum is not.
-            shares = deviations * (whitened @ self._factors[phase].T)
             by_layer = torch.zeros(len(own), len(self._space.layers)).index_add_(1, self._slots, shares)
             slots[own] = by_layer.argmax(dim=-1)
             elsewhere = self._slots[None, :] != slots[own][:, None]
             worst[own] = self._chosen[shares.masked_fill(elsewhere, -torch.inf).argmax(dim=-1)]
         return TokenScores(values, slots, worst)
+
+    def shares(self, tokens: Tokens) -> torch.Tensor:
+        """float32 [T, D]: what every chosen coordinate adds to D times the squared score; some are negative."""
+        rows = projections(self._space, tokens.coordinates, tokens.lengths)[:, self._chosen]
+        shares = torch.empty_like(rows)
+        for phase in sorted(set(tokens.phases.tolist())):
+            own = tokens.phases == phase
+            shares[own] = self._explain(rows[own], phase)[1]
+        return shares
+
+    def _explain(self, rows: torch.Tensor, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whitened deviations [T, D], and x_i (P x)_i [T, D]: what coordinate i adds to x' P x."""
+        deviations = rows - self._means[phase]
+        whitened = deviations @ self._factors[phase]
+        return whitened, deviations * (whitened @ self._factors[phase].T)
 
 
 def _whitening(moments: Moments, chosen: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ COMMANDS = (
     "guard.commands.bank",
     "guard.commands.calibrate",
     "guard.commands.score",
+    "guard.commands.eval",
     "server.commands.config",
     "server.commands.demo",
     "server.commands.up",

@@ -26,8 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="Clean means: prompts like those that the model will serve, none of them an attack. Prompts: one per "
         'line, JSON {"messages": [...]} or {"prompt": "raw text"}, or plain text as one user message. Example: '
         "undertow calibrate --bank tuned.bank --model ./tuned --prompts clean.jsonl --out tuned.calibration. What is "
-        "normal never widens by itself: `undertow calibrate extend --extends tuned.calibration --reviewed fp.jsonl ...` "
-        "takes in traffic that a person labelled clean, and measures everything again.",
+        "normal never widens by itself: `undertow calibrate extend --extends tuned.calibration --reviewed fp.jsonl` with "
+        "the rest takes in traffic that a person labelled clean, and measures everything again.",
     )
     parser.add_argument(
         "action",
@@ -136,10 +136,10 @@ def describe(calibration: Calibration) -> str:
     groups = [(name,) for name in calibration.detectors] + [calibration.detectors]
     lines += [f"  {' + '.join(group):<36} {calibration.ranks(group).supported:.3g}" for group in groups]
     lines.append("what more prompts would buy (held out; twice as many in all):")
-    for rate in (0.01, 0.005, 0.002, 0.001):
-        needed = needed_requests(rate, len(PHASES))
-        if rate < ranks.supported:
-            lines.append(f"  {rate:g} needs about {needed}, {needed - count} more")
+    for wanted in (0.01, 0.005, 0.002, 0.001):
+        needed = needed_requests(wanted, len(PHASES))
+        if wanted < ranks.supported:
+            lines.append(f"  {wanted:g} needs about {needed}, {needed - count} more")
     if not calibration.roles.known:
         lines.append(f"roles are not told apart: {calibration.roles.reason}")
     if calibration.shape.sinks:

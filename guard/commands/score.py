@@ -32,7 +32,8 @@ Detectors that are named together share the rate: together they flag at most tha
 
 EXAMPLES = """\
 example:
-  undertow score --bank tuned.bank --calibration tuned.calibration --model ./tuned --prompts cases.jsonl --json out.jsonl
+  undertow score --bank tuned.bank --calibration tuned.calibration --model ./tuned \\
+    --prompts cases.jsonl --json out.jsonl
 """
 
 

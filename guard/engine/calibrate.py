@@ -9,20 +9,22 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import vllm
 
 from guard.bank import Bank
 from guard.calibration import Calibration, ScoreKey, Shape
 from guard.conformal import needed_requests
-from guard.engine.offline import Answer, OfflineEngine
 from guard.errors import CalibrationError
 from guard.growth import Growth
 from guard.policy import Policy
 from guard.prompts import Prompt
 from guard.scores import FEWEST, BankSpace, Moments
 from guard.verdict import PHASES, DetectorName
+
+if TYPE_CHECKING:
+    from guard.engine.offline import Answer, OfflineEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ def calibrate(engine: OfflineEngine, bank: Bank, work: Plan) -> Calibration:
     Raises:
         CalibrationError: a clean prompt could not be scored, or gave too little to refer to.
     """
+    import vllm  # not at the top: what is wrong with arguments is said before it
+
     space = BankSpace.of(bank)
     recording, _ = engine.record(work.references, max_tokens=work.max_tokens, keep="shape", title="reference prompts")
     shape = Shape(

@@ -1,8 +1,8 @@
 """Reading the residual stream: one custom op per watched decoder layer, eager and compiled.
 
 The op sees a layer's output, adds the two halves that vLLM keeps apart (`hidden` and `residual`), and writes the row's
-cosines with the layer's directions, and its length, into a buffer that the worker reads after the forward pass. It also counts itself:
-an op that a stale graph left out does not count, and that is noticed in the same step.
+cosines with the layer's directions, and its length, into a buffer that the worker reads after the forward pass. It also
+counts itself: an op that a stale graph left out does not count, and that is noticed in the same step.
 """
 
 from __future__ import annotations

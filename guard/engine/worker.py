@@ -207,7 +207,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         """`WorkerStatus` as JSON, with the evidence channel's address beside it."""
         if self._judge is None or self._channel is None:
             raise EngineError("this engine has no calibration: it records for one and cannot serve")
-        calibration, ledger = self._judge.calibration, self._judge.ledger
+        ledger = self._judge.ledger
         status = WorkerStatus(
             rank=self.rank,
             fingerprint=self._bank.fingerprint,
