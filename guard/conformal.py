@@ -8,12 +8,12 @@ score; here it is done for all at once, by rank:
     U(r)                              how many of the n held-out requests have some score among the r largest of all n
     the rank for a rate a             the largest r with (U(r) + 1) / (n + 1) <= a
 
-Why the rate holds: add the new request to the n and call the n + 1 exchangeable ones S. Let U_S(r) count the requests of
-S with some score among the r largest of S, and R the largest r with U_S(r) <= a (n + 1). R does not depend on the order
-of S, so the new request is one of those U_S(R) with probability E[U_S(R)] / (n + 1) <= a. Adding a request to n others
-takes none of them into the r largest, so U_S(r) <= U(r) + 1; the rank that was chosen is therefore at most R, and who is
-flagged at a rank is flagged at every larger one. Ties count against flagging. No rate is split between phases or
-detectors: scores that move together share it, and for one score this is split conformal prediction, one rank stricter.
+Why the rate holds: add the new request to the n and call the n + 1 exchangeable ones S. Let U_S(r) count the
+requests of S with some score among the r largest of S, and R the largest r with U_S(r) <= a (n + 1). R does not depend
+on the order of S, so the new request is one of those U_S(R) with probability E[U_S(R)] / (n + 1) <= a. Adding a request
+to n others takes none of them into the r largest, so U_S(r) <= U(r) + 1; the rank that was chosen is therefore at most
+R, and who is flagged at a rank is flagged at every larger one. Ties count against flagging. No rate is split between
+phases or detectors: scores that move together share it, and for one score this is split conformal prediction itself.
 """
 
 from __future__ import annotations

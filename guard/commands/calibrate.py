@@ -25,9 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "false-positive rate that its data can support: policies choose theirs in YAML, without another run.",
         epilog="Clean means: prompts like those that the model will serve, none of them an attack. Prompts: one per "
         'line, JSON {"messages": [...]} or {"prompt": "raw text"}, or plain text as one user message. Example: '
-        "undertow calibrate --bank tuned.bank --model ./tuned --prompts clean.jsonl --out tuned.calibration. What is "
-        "normal never widens by itself: `undertow calibrate extend --extends tuned.calibration --reviewed fp.jsonl` with "
-        "the rest takes in traffic that a person labelled clean, and measures everything again.",
+        "undertow calibrate --bank tuned.bank --model ./tuned --prompts clean.jsonl --out tuned.cal. What is "
+        "normal never widens by itself: `undertow calibrate extend`, with --extends and --reviewed, takes in what "
+        "a person labelled clean, and measures everything again.",
     )
     parser.add_argument(
         "action",

@@ -86,10 +86,13 @@ def step(number: str, text: str) -> None:
 
 def cache_folder(organism: Organism) -> Path:
     """Where this organism's bank and calibration are kept: named by what they are made from."""
+    from guard import calibration, fingerprint
     from guard.organisms.shelf import cache_folder as root
     from guard.version import VERSION
 
-    made_from = organism.manifest.read_bytes() + f"{VERSION} {CALIBRATION_PROMPTS} {ENGINE_ARGUMENTS}".encode()
+    formats = f"{fingerprint.FORMAT} {calibration.FORMAT}"
+    settings = f"{VERSION} {formats} {CALIBRATION_PROMPTS} {ENGINE_ARGUMENTS}"
+    made_from = organism.manifest.read_bytes() + settings.encode()
     folder = root() / "demo" / hashlib.sha256(made_from).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
