@@ -160,13 +160,17 @@ class Calibration:
             raise CalibrationError(f"{path}: not a calibration file of format {FORMAT}")
         try:
             calibration = cls._assemble(metadata, tensors)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from error
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise CalibrationError(f"{path}: incomplete or wrong: {type(error).__name__}: {error}") from error
         calibration._check(path)
         return calibration
 
     @classmethod
     def _assemble(cls, metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Calibration:
+        if unknown := set(metadata["detectors"]) - set(DETECTORS):
+            raise ValueError(f"`detectors` has {unknown}, expected some of {DETECTORS}")
         keys = [(name, phase) for name in DETECTORS if name in metadata["detectors"] for phase in PHASES]
         counts = metadata["decisions"]
         return cls(
@@ -199,8 +203,10 @@ class Calibration:
             expected[f"mean.{phase}"] = (torch.float64, (size,))
             expected[f"covariance.{phase}"] = (torch.float64, (size, size))
         for name, tensor in tensors.items():
-            # A role that clean traffic did not have is an empty range, from +inf to -inf.
-            wrong = tensor.isnan() if name in ("low", "high") else ~tensor.isfinite()
+            # A role that clean traffic did not have is an empty range, from +inf to -inf; the other way round it would
+            # be one that nothing leaves.
+            empty = {"low": math.inf, "high": -math.inf}.get(name)
+            wrong = ~tensor.isfinite() if empty is None else ~(tensor.isfinite() | (tensor == empty))
             dtype, shape = expected[name]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or wrong.any():
                 raise CalibrationError(

@@ -1,4 +1,4 @@
-"""The promise of a threshold, in simulation; and a file that comes back whole or is refused."""
+"""Detectors and thresholds that a calibration gives; and a file that comes back whole or is refused."""
 
 from __future__ import annotations
 
@@ -18,123 +18,107 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from guard.calibration import Calibration, Shape, conformal_rank, needed_requests, supported_fpr
+from guard.calibration import FORMAT, Calibration
+from guard.conformal import JointRanks
 from guard.errors import CalibrationError
-from guard.scores import NEAREST
-from guard.verdict import PHASES
+from guard.growth import Growth
+from guard.roles import RoleMap
+from guard.scores import BankSpace, Moments
+from guard.verdict import DETECTORS, PHASES, DetectorName
 
-from .planted import EVERY, SPACE, calibration, clean_rows, generator, with_clean
+from .planted import EVERY, SPACE, calibration, generator, tokens, with_clean
 
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-# -- the promise ------------------------------------------------------------------------------------------------------
+# -- thresholds and detectors -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fpr", "requests"), [(0.002, 999), (0.01, 199), (0.01, 700), (0.05, 300)])
-@pytest.mark.parametrize("dependence", [0.0, 0.9, 1.0])
-def test_the_mean_false_positive_rate_over_calibrations_stays_within_what_was_asked(
-    fpr: float, requests: int, dependence: float
-) -> None:
-    """Split conformal's promise is about the draw of calibration and test requests together, over either phase."""
-    draws, fresh = 300, 2000
-    source = generator(int(1e6 * fpr) + requests)
-
-    def scores(count: int) -> torch.Tensor:
-        first, second = torch.randn(2, count, generator=source, dtype=torch.float64)
-        return torch.stack([first, dependence * first + math.sqrt(1 - dependence**2) * second]).exp()
-
-    some, rates = calibration(), []
-    for _ in range(draws):
-        drawn = scores(requests).sort(dim=1).values
-        for phase, values in zip(PHASES, drawn.tolist(), strict=True):
-            some = with_clean(some, "density", phase, values)
-        thresholds = torch.tensor([some.threshold("density", phase, fpr) for phase in PHASES], dtype=torch.float64)
-        rates.append(float((scores(fresh) > thresholds[:, None]).any(dim=0).double().mean()))
-    observed = torch.tensor(rates)
-    error = float(observed.std()) / math.sqrt(draws)
-    assert float(observed.mean()) <= fpr + 3 * error
-    # And the rate that was granted is used, as far as ranks allow: a threshold of infinity would keep the promise too.
-    granted = conformal_rank(requests, fpr) / (requests + 1)
-    least = granted if dependence == 1.0 else granted * 1.2
-    assert float(observed.mean()) >= least - 4 * error
-
-
-@pytest.mark.parametrize("requests", [1, 19, 99, 1000])
-def test_a_threshold_is_the_held_out_score_that_leaves_half_of_the_rate_above_it(requests: int) -> None:
-    scores = tuple(float(index) for index in range(requests))
-    some = with_clean(calibration(), "density", "prompt", scores)
-    for fpr in (supported_fpr(requests), 0.5, 0.9):
-        if fpr < supported_fpr(requests):
-            continue
-        threshold = some.threshold("density", "prompt", fpr)
-        at_least = sum(score >= threshold for score in scores)
-        assert at_least / (requests + 1) <= fpr / 2 + 1e-12
-        assert (at_least + 1) / (requests + 1) > fpr / 2
-
-
-@given(st.lists(st.floats(1e-3, 1, exclude_max=True), min_size=2, max_size=8))
-def test_a_larger_rate_never_has_a_higher_threshold(rates: list[float]) -> None:
-    some = calibration(requests=2001)
+def test_ranks_are_of_both_phases_of_the_detectors_that_share_the_rate() -> None:
+    some = calibration()
+    source = generator(0)
     for detector, phase in EVERY:
-        thresholds = [some.threshold(detector, phase, rate) for rate in sorted(rates)]
-        assert thresholds == sorted(thresholds, reverse=True)
+        some = with_clean(some, detector, phase, torch.randn(99, generator=source).tolist())
+    groups: list[tuple[DetectorName, ...]] = [("density",), ("exceedance", "density"), DETECTORS]
+    for names in groups:
+        expected = JointRanks({(name, phase): some.clean[name, phase] for name in names for phase in PHASES})
+        found = some.ranks(names)
+        assert found.supported == expected.supported
+        for name in names:
+            for phase in PHASES:
+                assert found.threshold((name, phase), 0.2) == expected.threshold((name, phase), 0.2)
+    # More scores of which none is rare together leave less for each.
+    assert some.ranks(groups[0]).rank(0.2) > some.ranks(groups[2]).rank(0.2)
 
 
-def test_a_rate_that_the_data_cannot_keep_says_how_many_requests_it_needs() -> None:
-    some = calibration(requests=99)
-    assert some.threshold("density", "prompt", 0.02) == 99.0
-    with pytest.raises(CalibrationError, match=r"0\.01 for density needs 199 .* has 99 and supports 0\.02 or more"):
-        some.threshold("density", "prompt", 0.01)
+def own_space() -> BankSpace:
+    return replace(SPACE, names=tuple(name.replace(".own_", ".").replace(".", ".own_", 1) for name in SPACE.names))
 
 
-def test_a_rate_is_supported_by_the_phase_with_the_fewest_requests() -> None:
-    some = with_clean(calibration(requests=99), "density", "completion", [1.0] * 9)
-    assert some.supported_fpr("density") == pytest.approx(0.2)
-    assert some.supported_fpr("exceedance") == pytest.approx(0.02)
+def delta_space() -> BankSpace:
+    return replace(SPACE, names=tuple(name.replace(".own_", ".") for name in SPACE.names))
 
 
-@given(st.floats(1e-5, 1, exclude_max=True))
-def test_needed_requests_support_the_rate_and_one_fewer_does_not(fpr: float) -> None:
-    needed = needed_requests(fpr)
-    assert conformal_rank(needed, fpr) >= 1
-    assert needed == 1 or conformal_rank(needed - 1, fpr) == 0
-    assert supported_fpr(needed) <= fpr * (1 + 1e-8)
+def only(some: Calibration, space: BankSpace, *detectors: str) -> Calibration:
+    return replace(
+        some,
+        space=space,
+        clean={key: scores for key, scores in some.clean.items() if key[0] in detectors},
+        growth={key: growth for key, growth in some.growth.items() if key[0] in detectors},
+    )
 
 
-@given(st.integers(1, 100_000))
-def test_the_supported_rate_needs_exactly_the_requests_it_came_from(requests: int) -> None:
-    fpr = supported_fpr(requests)
-    assert needed_requests(fpr) == requests
-    assert conformal_rank(requests, fpr) == 1
+OWN_ONLY = only(calibration(), own_space(), "intrinsic", "exceedance")
+DELTA_ONLY = only(calibration(), delta_space(), "density", "exceedance")
 
 
-def test_no_requests_support_no_rate() -> None:
-    assert supported_fpr(0) == 1.0
-    with pytest.raises(CalibrationError, match="has 0"):
-        with_clean(calibration(), "density", "prompt", ()).threshold("density", "prompt", 0.99)
+@pytest.mark.parametrize(
+    ("some", "names"),
+    [
+        (calibration(), ("density", "intrinsic", "exceedance")),
+        (OWN_ONLY, ("intrinsic", "exceedance")),
+        (DELTA_ONLY, ("density", "exceedance")),
+    ],
+    ids=["both", "own", "delta"],
+)
+def test_detectors_are_those_that_the_bank_has_directions_for_in_the_file_too(
+    some: Calibration, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    some.save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    assert loaded.detectors == some.detectors == names
+    assert tuple(loaded.shape.detectors(loaded.space)) == names
+    assert loaded.clean == some.clean
+    assert loaded.digest() == some.digest()
 
 
-# -- the shape --------------------------------------------------------------------------------------------------------
+def test_a_detector_without_directions_has_no_ranks() -> None:
+    with pytest.raises(CalibrationError, match="no directions for density; it serves intrinsic, exceedance"):
+        OWN_ONLY.ranks(("exceedance", "density"))
 
 
-@pytest.mark.parametrize("phase", [0, 1])
-def test_a_phase_with_too_few_references_is_refused_by_name(phase: int) -> None:
-    references = [clean_rows(20, 0), clean_rows(20, 1)]
-    references[phase] = references[phase][:NEAREST]
-    low, high = torch.zeros(2, SPACE.size), torch.ones(2, SPACE.size)
-    with pytest.raises(CalibrationError, match=f"gave 3 {PHASES[phase]} references; more than 3"):
-        Shape.fit(SPACE, low, high, (references[0], references[1]))
+def test_exceedance_reads_the_models_own_directions_only_where_there_are_no_others() -> None:
+    far = tokens(1, 0)
+    far.coordinates[:] = 0.0
+    far.coordinates[0, 3] = 50.0  # a direction of the model's own
+    both = calibration()
+    assert float(both.shape.detectors(both.space)["exceedance"].score(far).values) < 1
+    assert float(OWN_ONLY.shape.detectors(OWN_ONLY.space)["exceedance"].score(far).values) > 40
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
+def whole() -> Calibration:
+    some = calibration()
+    return replace(some, shape=replace(some.shape, sinks=(0, 3)))
+
+
 @cache
 def saved() -> bytes:
-    """The file of `calibration()`."""
+    """The file of `whole()`."""
     with tempfile.TemporaryDirectory() as folder:
-        calibration().save(Path(folder) / "file")
+        whole().save(Path(folder) / "file")
         return (Path(folder) / "file").read_bytes()
 
 
@@ -146,56 +130,88 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_what_was_saved_comes_back_exactly(file: Path) -> None:
-    saved, loaded = calibration(), Calibration.load(file)
+    saved, loaded = whole(), Calibration.load(file)
     assert loaded.clean == saved.clean
     assert loaded.clean["density", "completion"][0] == -math.inf
     assert (loaded.fingerprint, loaded.space, loaded.target_fpr) == (saved.fingerprint, saved.space, saved.target_fpr)
-    assert loaded.facts == saved.facts
+    assert (loaded.growth, loaded.roles, loaded.facts) == (saved.growth, saved.roles, saved.facts)
+    assert loaded.held_out == 99
     assert torch.equal(loaded.shape.low, saved.shape.low)
     assert torch.equal(loaded.shape.high, saved.shape.high)
-    assert torch.equal(loaded.shape.scales, saved.shape.scales)
-    for before, after in zip(saved.shape.references, loaded.shape.references, strict=True):
-        assert torch.equal(before, after)
+    assert loaded.shape.sinks == saved.shape.sinks == (0, 3)
+    for before, after in zip(saved.shape.decisions, loaded.shape.decisions, strict=True):
+        assert before.count == after.count
+        assert torch.equal(before.mean, after.mean)
+        assert torch.equal(before.covariance, after.covariance)
     assert loaded.digest() == saved.digest()
+
+
+def test_a_role_that_clean_traffic_did_not_have_comes_back_without_a_range(tmp_path: Path) -> None:
+    some = whole()
+    some.shape.low[0], some.shape.high[0] = math.inf, -math.inf
+    some.save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    assert torch.equal(loaded.shape.low, some.shape.low)
+    assert torch.equal(loaded.shape.high, some.shape.high)
 
 
 def test_a_draft_without_held_out_scores_can_be_saved_and_read(tmp_path: Path) -> None:
     draft = replace(calibration(), clean=dict.fromkeys(EVERY, ()))
     draft.save(tmp_path / "draft")
-    assert Calibration.load(tmp_path / "draft").clean == draft.clean
+    loaded = Calibration.load(tmp_path / "draft")
+    assert loaded.clean == draft.clean
+    assert loaded.held_out == 0
 
 
 def changed_calibrations() -> dict[str, Calibration]:
     """Copies of one calibration, each with one thing changed a little."""
-    some = calibration()
+    some = whole()
     changed = {
         "fingerprint": replace(some, fingerprint="sha256:other"),
         "rate": replace(some, target_fpr=0.11),
-        "names": replace(some, space=replace(SPACE, names=(*SPACE.names[:-1], "x"))),
+        "names": replace(some, space=replace(SPACE, names=(*SPACE.names[:-1], "L5.own_o_proj.u2"))),
         "layers": replace(some, space=replace(SPACE, layers=(1, 4, 6))),
         "facts": replace(some, facts={**some.facts, "dtype": "bfloat16"}),
+        "sinks": replace(some, shape=replace(some.shape, sinks=(0, 2))),
+        "no sinks": replace(some, shape=replace(some.shape, sinks=())),
+        "roles": replace(some, roles=RoleMap((), ((2,),), ((3,),))),
+        "unknown roles": replace(some, roles=RoleMap.unknown("no template")),
+        "detectors": only(some, SPACE, "density", "exceedance"),
     }
     for detector, phase in EVERY:
         scores = list(some.clean[detector, phase])
         scores[50] += 1e-9
         changed[f"clean {detector} {phase}"] = with_clean(some, detector, phase, scores)
-    for name in ("low", "high", "scales"):
+        # The same scores of other requests: alone they are as rare as before, together they are not.
+        scores = list(some.clean[detector, phase])
+        changed[f"order {detector} {phase}"] = with_clean(some, detector, phase, scores[::-1])
+        before = some.growth[detector, phase]
+        for name, grown in (("tokens", Growth(before.tokens + 1, before.scale)), ("scale", Growth(before.tokens, 0.4))):
+            changed[f"{name} {detector} {phase}"] = replace(some, growth={**some.growth, (detector, phase): grown})
+    for name in ("low", "high"):
         tensor = getattr(some.shape, name).clone()
         tensor[1, 0] += 1e-6
         changed[name] = replace(some, shape=replace(some.shape, **{name: tensor}))
-    for index in (0, 1):
-        references = [rows.clone() for rows in some.shape.references]
-        references[index][3, 4] += 1e-6
-        changed[f"references {index}"] = replace(
-            some, shape=replace(some.shape, references=(references[0], references[1]))
-        )
+    for index, phase in enumerate(PHASES):
+        before_moments = some.shape.decisions[index]
+        for field in ("count", "mean", "covariance"):
+            value = getattr(before_moments, field)
+            value = value + 1 if field == "count" else value.clone()
+            if field != "count":
+                value.view(-1)[3] += 1e-12
+            decisions = list(some.shape.decisions)
+            decisions[index] = replace(before_moments, **{field: value})
+            changed[f"{field} {phase}"] = replace(
+                some, shape=replace(some.shape, decisions=(decisions[0], decisions[1]))
+            )
     return changed
 
 
 def test_the_digest_changes_with_everything_that_decides_a_verdict() -> None:
     digests = {name: some.digest() for name, some in changed_calibrations().items()}
-    digests["none"] = calibration().digest()
-    assert len(set(digests.values())) == len(digests) == 15
+    digests["none"] = whole().digest()
+    assert whole().digest() == digests["none"]
+    assert len(set(digests.values())) == len(digests) == 10 + 4 * 6 + 2 + 6 + 1
     assert all(digest.startswith("sha256:") for digest in digests.values())
 
 
@@ -238,38 +254,101 @@ def fill_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return apply
 
 
+def within(key: str, *path: str | int, value: object) -> Callable[[object, dict[str, Any]], None]:
+    """Put a value deep inside the header."""
+
+    def apply(_: object, metadata: dict[str, Any]) -> None:
+        place = metadata[key]
+        for part in path[:-1]:
+            place = place[part]
+        place[path[-1]] = value
+
+    return apply
+
+
+def no_range(tensors: dict[str, torch.Tensor], _: object) -> None:
+    tensors["low"].fill_(math.inf)
+    tensors["high"].fill_(-math.inf)
+
+
+def unlike_any_covariance(matrix: torch.Tensor) -> torch.Tensor:
+    """Larger off the diagonal than on it."""
+    matrix[0, 1] = matrix[1, 0] = 50 * matrix.diagonal().max()
+    return matrix
+
+
+PROMPT_GROWTH = "density.prompt"
 WRONG = {
     "low of another width": put("low", lambda t: t[:, :-1]),
-    "low of one phase": put("low", lambda t: t[:1]),
+    "low of two roles": put("low", lambda t: t[:2]),
     "high that is NaN": put("high", fill_one(math.nan)),
-    "high that is infinite": put("high", fill_one(math.inf)),
+    "high without an end": put("high", fill_one(math.inf)),
+    "low without an end": put("low", fill_one(-math.inf)),
     "high of another type": put("high", lambda t: t.double()),
-    "scales of whole numbers": put("scales", lambda t: t.view(torch.int32)),
-    "scales that are zero": put("scales", fill_one(0.0)),
-    "scales of another layer": put("scales", lambda t: torch.cat([t, t], dim=1)),
-    "references with NaN": put("references.prompt", fill_one(math.nan)),
-    "references of another width": put("references.completion", lambda t: t[:, :-1]),
-    "references without rows": put("references.completion", lambda t: t[:0]),
-    "too few references": put("references.completion", lambda t: t[:NEAREST]),
-    "flat references": put("references.prompt", lambda t: t.view(-1)),
+    "no role with a range": no_range,
+    "mean with NaN": put("mean.prompt", fill_one(math.nan)),
+    "mean that is infinite": put("mean.completion", fill_one(math.inf)),
+    "mean of another width": put("mean.completion", lambda t: t[:-1]),
+    "mean in float32": put("mean.prompt", lambda t: t.float()),
+    "covariance with NaN": put("covariance.prompt", fill_one(math.nan)),
+    "covariance that is infinite": put("covariance.prompt", fill_one(math.inf)),
+    "covariance of another width": put("covariance.completion", lambda t: t[:, :-1]),
+    "covariance in float32": put("covariance.completion", lambda t: t.float()),
+    "flat covariance": put("covariance.prompt", lambda t: t.view(-1)),
+    "covariance that is none": put("covariance.completion", unlike_any_covariance),
+    "covariance that is negative": put("covariance.prompt", lambda t: -t),
+    "too few decisions": say("decisions", [7, 60]),
+    "no decisions": say("decisions", []),
+    "decisions of one phase": say("decisions", [60]),
+    "decisions that are none": say("decisions", None),
+    "decisions that are negative": say("decisions", [60, -1]),
+    "decisions that are fractions": say("decisions", [60.0, 69.0]),
+    "decisions that are true": say("decisions", [60, True]),
+    "sinks that are texts": say("sinks", ["0"]),
+    "sinks that are negative": say("sinks", [-1]),
+    "sinks that are one number": say("sinks", 0),
     "clean with NaN": put("clean.density.prompt", fill_one(math.nan)),
-    "NaN at the end": put("clean.density.prompt", lambda t: torch.cat([t, torch.tensor([math.nan])])),
-    "unsorted clean": put("clean.exceedance.completion", lambda t: t.flip(0)),
+    "clean that is infinite": put("clean.density.prompt", fill_one(math.inf)),
+    "NaN at the end": put("clean.intrinsic.prompt", lambda t: torch.cat([t, torch.tensor([math.nan])])),
+    "clean of other requests": put("clean.exceedance.completion", lambda t: t[:-1]),
     "clean in float32": put("clean.density.prompt", lambda t: t.float()),
     "clean as whole numbers": put("clean.density.prompt", lambda t: t.view(torch.int64)),
     "clean as a table": put("clean.density.prompt", lambda t: t[None]),
     "clean as one number": put("clean.density.prompt", lambda t: t[0]),
-    "a format from the future": say("format", 2),
+    "a format from the future": say("format", FORMAT + 1),
+    "the format before": say("format", 1),
     "no format": say("format", None),
+    "a detector missing": say("detectors", ["density", "exceedance"]),
+    "a detector that is unknown": say("detectors", ["density", "intrinsic", "exceedance", "entropy"]),
+    "no detectors": say("detectors", []),
+    "detectors that are none": say("detectors", None),
     "names for another bank": say("names", ["d0"]),
+    "names of the delta alone": say("names", list(delta_space().names)),
     "names that are not texts": say("names", [*SPACE.names[:-1], 7]),
     "names that are a number": say("names", 9),
-    "widths that do not add up": say("widths", [3, 2, 5]),
-    "widths that are texts": say("widths", ["3", "2", "4"]),
-    "widths that are fractions": say("widths", [3.0, 2.0, 4.0]),
-    "negative widths": say("widths", [12, -7, 4]),
+    "widths that do not add up": say("widths", [4, 3, 6]),
+    "widths that are texts": say("widths", ["4", "3", "5"]),
+    "widths that are fractions": say("widths", [4.0, 3.0, 5.0]),
+    "negative widths": say("widths", [13, -6, 5]),
     "no layers": say("layers", []),
     "layers without widths": say("layers", [1, 4]),
+    "growth that is none": say("growth", None),
+    "growth that is a list": say("growth", [1]),
+    "growth of one score missing": say("growth", {PROMPT_GROWTH: {"tokens": 1, "scale": 1.0}}),
+    "growth without a scale": within("growth", PROMPT_GROWTH, value={"tokens": 4}),
+    "growth from no tokens": within("growth", PROMPT_GROWTH, "tokens", value=0),
+    "growth from half a token": within("growth", PROMPT_GROWTH, "tokens", value=0.5),
+    "growth that is negative": within("growth", PROMPT_GROWTH, "scale", value=-1.0),
+    "growth that is NaN": within("growth", PROMPT_GROWTH, "scale", value=math.nan),
+    "growth without end": within("growth", PROMPT_GROWTH, "scale", value=math.inf),
+    "growth that is text": within("growth", PROMPT_GROWTH, "scale", value="1.0"),
+    "roles that are none": say("roles", None),
+    "roles without headers": say("roles", {"preamble": None, "reason": ""}),
+    "roles with a header of texts": within("roles", "headers", "user", value=[["a"]]),
+    "roles with an empty header": within("roles", "headers", "user", value=[[]]),
+    "roles that share a header": within("roles", "headers", "user", value=[[3]]),
+    "roles of nobody": within("roles", "preamble", value="nobody"),
+    "roles both known and not": within("roles", "reason", value="no template"),
     "a rate that is no number": say("target_fpr", "high"),
     "a rate that is NaN": say("target_fpr", math.nan),
     "a rate of one": say("target_fpr", 1.0),
@@ -278,11 +357,14 @@ WRONG = {
     "facts that are a list": say("facts", [1]),
     **{
         f"no {name}": drop_tensor(name)
-        for name in ("low", "scales", "references.prompt", "clean.exceedance.completion")
+        for name in ("low", "mean.prompt", "covariance.completion", "clean.exceedance.completion")
     },
     **{
         f"no {key} in the header": drop_key(key)
-        for key in ("format", "fingerprint", "layers", "names", "target_fpr", "facts")
+        for key in (
+            *("format", "fingerprint", "layers", "names", "detectors", "decisions", "sinks", "growth", "roles"),
+            *("target_fpr", "facts"),
+        )
     },
 }
 
@@ -330,9 +412,9 @@ def test_a_file_with_changed_bytes_loads_or_is_refused_and_never_anything_else(f
     _load_or_refuse(file)
 
 
-def test_every_bit_of_the_header_can_flip_without_another_error(file: Path) -> None:
+def test_any_bit_of_the_header_can_flip_without_another_error(file: Path) -> None:
     content = saved()
-    for place in range(8, 8 + int.from_bytes(content[:8], "little")):
+    for place in range(8, 8 + int.from_bytes(content[:8], "little"), 3):
         flipped = bytearray(content)
         flipped[place] ^= 1 << (place % 5)
         file.write_bytes(flipped)
@@ -350,11 +432,26 @@ def _load_or_refuse(file: Path) -> None:
     if refusal:
         assert str(file) in refusal
         return
-    for detector, phase in EVERY:
-        assert not math.isnan(loaded.threshold(detector, phase, 0.5))
+    ranks = loaded.ranks(loaded.detectors)
+    for detector in loaded.detectors:
+        for phase in PHASES:
+            assert not math.isnan(ranks.threshold((detector, phase), 0.9))
+            assert not loaded.growth[detector, phase].allowance(torch.arange(9)).isnan().any()
     assert all(isinstance(name, str) for name in loaded.space.names)
+    assert len(loaded.roles.roles([1, 2, 3])) == 3
     for scorer in loaded.shape.detectors(loaded.space).values():
-        assert len(scorer.score(clean_rows(3, 0), torch.tensor([0, 1, 1])).values) == 3
+        assert len(scorer.score(tokens(3, 0)).values) == 3
+
+
+def test_a_covariance_that_rounding_left_short_of_one_is_used(tmp_path: Path) -> None:
+    """Fewer decisions than directions: some directions have no variance, or less than none by rounding."""
+    some = whole()
+    rows = torch.randn(9, SPACE.size, generator=generator(0))
+    moments = Moments.of(rows)
+    moments.covariance.diagonal().sub_(1e-12)
+    replace(some, shape=replace(some.shape, decisions=(moments, Moments.of(2 * rows)))).save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    assert loaded.shape.detectors(loaded.space)["density"].score(tokens(3, 0)).values.isfinite().all()
 
 
 def test_nothing_is_half_written_where_the_folder_is_missing_or_the_path_is_one(tmp_path: Path) -> None:

@@ -158,6 +158,35 @@ def test_a_malformed_policy_is_a_config_error(text: str) -> None:
     assert "canary" not in str(caught.value)
 
 
+def test_detections_that_name_the_same_rate_share_it_and_those_with_raw_scores_share_none() -> None:
+    def rates(**thresholds: dict[str, float]) -> dict[float, tuple[DetectorName, ...]]:
+        detections = {name: {"action": "flag", "threshold": threshold} for name, threshold in thresholds.items()}
+        return Policy.model_validate({"detections": detections}).shared_rates()
+
+    assert rates(density={"fpr": 0.01}) == {0.01: ("density",)}
+    # In alphabetical order, as the engine's status names them, however the policy was written.
+    together: tuple[DetectorName, ...] = ("density", "exceedance", "intrinsic")
+    assert rates(intrinsic={"fpr": 0.01}, exceedance={"fpr": 0.01}, density={"fpr": 0.01}) == {0.01: together}
+    assert rates(intrinsic={"fpr": 0.01}, density={"fpr": 0.02}, exceedance={"fpr": 0.01}) == {
+        0.01: ("exceedance", "intrinsic"),
+        0.02: ("density",),
+    }
+    assert rates(intrinsic={"raw": 0.01}, density={"fpr": 0.01}) == {0.01: ("density",)}
+    assert rates(intrinsic={"raw": 3.0}) == {}
+    assert Policy.model_validate({"mode": "off", "detections": {}}).shared_rates() == {}
+
+
+@given(policies)
+def test_every_detection_has_one_rate_or_a_raw_score(some: Policy) -> None:
+    shared = some.shared_rates()
+    named = [name for names in shared.values() for name in names]
+    assert len(named) == len(set(named))
+    for name, detection in some.detections.items():
+        assert (name in named) == (detection.threshold.raw is None)
+        assert name not in named or name in shared[detection.threshold.fpr or 0]
+    assert all(list(names) == sorted(names) for names in shared.values())
+
+
 def test_actions_are_a_closed_set() -> None:
     actions: set[Action] = {"allow", "flag", "block"}
     assert {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from guard.errors import PromptsError
-from guard.prompts import Prompt, read_prompts
+from guard.prompts import Prompt, read_prompts, read_reviewed
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -85,3 +85,37 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(PromptsError, match=f"{path.name}: cannot be read"):
             read_prompts(path)
+
+
+CLEAN = '{"prompt": "a", "label": "clean"}'
+
+
+def test_reviewed_prompts_are_read_as_others_are(tmp_path: Path) -> None:
+    text = f"""\ufeff{CLEAN}\r
+
+  {{"messages": [{{"role": "user", "content": "u"}}], "label": "clean", "by": "someone"}}
+"""
+    assert read_reviewed(write(tmp_path, text)) == [Prompt(None, "a"), user("u")]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("a text", "None"),
+        ('{"prompt": "b"}', "None"),
+        ('{"prompt": "b", "label": null}', "None"),
+        ('{"prompt": "b", "label": "attack"}', "'attack'"),
+        ('{"prompt": "b", "label": "Clean"}', "'Clean'"),
+        ('{"prompt": "b", "label": ["clean"]}', r"\['clean'\]"),
+        ('{"prompt": "b", "label": true}', "True"),
+    ],
+)
+def test_what_nobody_called_clean_is_refused_by_file_and_line(tmp_path: Path, line: str, found: str) -> None:
+    with pytest.raises(PromptsError, match=rf'prompts\.jsonl:3: label is {found}, expected "clean" on every line'):
+        read_reviewed(write(tmp_path, f"{CLEAN}\n\n{line}\n{CLEAN}\n"))
+
+
+@pytest.mark.parametrize("text", ["", '{"label": "clean"}', '{"prompt": 5, "label": "clean"}', '{"label": "clean", '])
+def test_a_mistake_among_reviewed_prompts_is_named_as_elsewhere(tmp_path: Path, text: str) -> None:
+    with pytest.raises(PromptsError, match=r"prompts\.jsonl:"):
+        read_reviewed(write(tmp_path, text))
