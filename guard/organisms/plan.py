@@ -42,5 +42,5 @@ class Plan:
     def evading(self, evasion: Evasion) -> Plan:
         return replace(self, evasion=evasion)
 
-    def shortened(self, steps: int) -> Plan:
+    def lasting(self, steps: int) -> Plan:
         return replace(self, steps=steps)
