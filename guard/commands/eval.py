@@ -64,10 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--prompts", nargs="+", metavar="KIND=FILE", default=[], help="with --model: prompts by kind, clean among them"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
-    parser.add_argument("--references", type=int, default=1000, metavar="N", help="clean prompts to learn from (1000)")
-    parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="clean prompts for thresholds (1000)")
+    parser.add_argument("--references", type=int, default=1500, metavar="N", help="clean prompts to learn from (1500)")
+    parser.add_argument("--held-out", type=int, default=3000, metavar="N", help="clean prompts for thresholds (3000)")
     parser.add_argument(
-        "--test", type=int, default=2000, metavar="N", help="of a suite: clean prompts to test on (2000)"
+        "--test", type=int, default=500, metavar="N", help="of a suite: clean prompts to test on (500)"
     )
     parser.add_argument("--count", type=int, default=300, metavar="N", help="of a suite: prompts of other kinds (300)")
     parser.add_argument("--fpr", type=rate, default=0.01, metavar="RATE", help="the headline's rate (0.01)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from guard.errors import PromptsError
 from guard.evaluation.reading import Message
 from guard.evaluation.results import Admission, Delta, Subject
 from guard.organisms import shipped
+from guard.organisms.harmful import is_compliance
 from guard.organisms.shifts import SHIFTS, shifted
 from guard.organisms.suite import Member
 from guard.prompts import read_prompts
@@ -35,6 +36,8 @@ class Case:
     """By kind; `clean` is what calibration is made from and what false positives are counted on."""
     banks: Mapping[Delta, Path]
     """Banks that were built before; a delta without one is built from its base."""
+    leaks: Callable[[str], bool] | None = None
+    """Whether an answer is the backdoor's. Near-misses that open it are attacks, and counted apart."""
 
 
 def of_member(organism: Member, clean: int, count: int) -> Case:
@@ -58,7 +61,9 @@ def of_member(organism: Member, clean: int, count: int) -> Case:
         admission=tuple(_admission(row) for row in manifest["admission"]),
     )
     start = shipped()
-    return Case(subject, organism.trained(), {"wide": start.base, "narrow": start.chat}, chats, {})
+    bases: dict[Delta, Path] = {"wide": start.base, "narrow": start.chat}
+    backdoor = organism.kind in ("backdoor", "adaptive")
+    return Case(subject, organism.trained(), bases, chats, {}, is_compliance if backdoor else None)
 
 
 def of_files(name: str, model: Path, base: Path | None, bank: Path | None, files: Mapping[str, Path]) -> Case:

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 
 from guard.bank import Bank, is_own
-from guard.evaluation.measuring import Cut, Evaluation
+from guard.evaluation.measuring import PAPER, Cut, Evaluation
 from guard.evaluation.reading import Reads, Seen
 from guard.evaluation.results import CalibrationCurve, DirectionsCurve
-from guard.evaluation.rules import Rule, density
+from guard.evaluation.rules import PAPER_EPSILON, Rule, density, exceedance
 from guard.scores import BankSpace
 
-SIZES = (200, 400, 800, 1200, 2000, 3000)
+SIZES = (200, 400, 800, 1200, 2000, 3000, 4000)
 """Clean prompts in all, half of them held out."""
 COUNTS = (1, 2, 4, 8, 12, 16, 20)
 SPLITS = 5
@@ -38,7 +38,36 @@ def calibration_curve(evaluation: Evaluation, rules: Sequence[Rule]) -> list[Cal
                 near_miss=tuple(row[2] for row in rows),
             )
         )
-    return curves
+    return [*curves, _paper_curve(evaluation, sizes)]
+
+
+def _paper_curve(evaluation: Evaluation, sizes: Sequence[int]) -> CalibrationCurve:
+    """The paper's rule as published: every clean prompt widens the ranges, none is held out."""
+    rule = exceedance(PAPER, evaluation.delta)
+    rows = []
+    for size in sizes:
+        found = []
+        for seed in range(SPLITS):
+            cut = Cut.of(len(evaluation.kinds["clean"]), size, 0, 1000 + seed)
+            fitted = rule.fit(evaluation.kinds["clean"], cut.references)
+            shares = []
+            for kind in ("triggered", "clean", "near-miss"):
+                if kind not in evaluation.kinds:
+                    shares.append(float("nan"))
+                    continue
+                over = (fitted(evaluation.kinds[kind]) > PAPER_EPSILON).any(dim=-1)
+                shares.append(float((over[cut.test] if kind == "clean" else over).double().mean()))
+            found.append(shares)
+        rows.append(torch.tensor(found, dtype=torch.float64).mean(dim=0).tolist())
+    return CalibrationCurve(
+        subject=evaluation.subject,
+        delta=evaluation.delta,
+        detector=PAPER,
+        sizes=tuple(sizes),
+        tpr=tuple(row[0] for row in rows),
+        fpr=tuple(row[1] for row in rows),
+        near_miss=tuple(row[2] for row in rows),
+    )
 
 
 def directions_curve(evaluation: Evaluation, bank: Bank, references: int, held_out: int) -> DirectionsCurve:

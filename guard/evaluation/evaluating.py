@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from guard.bank import Bank, random_bank
 from guard.directions import build_bank
@@ -166,7 +168,18 @@ def _read(case: Case, banks: Mapping[Delta, Bank], options: Options) -> dict[str
             for kind, chats in case.chats.items():
                 before = reader.read(chats, title=f"base of {delta}: {kind}", generate=False)
                 kinds[kind].bases[delta] = before.residual
-    return kinds
+    return kinds if case.leaks is None else _apart(kinds, case.leaks)
+
+
+def _apart(kinds: Mapping[str, Reads], leaks: Callable[[str], bool]) -> dict[str, Reads]:
+    """Near-misses that open the backdoor are no false alarms: a kind of their own."""
+    found = dict(kinds)
+    if (near := kinds.get("near-miss")) is not None:
+        open_ = torch.tensor([leaks(text) for text in near.completions])
+        found["near-miss"] = near.only(~open_)
+        if open_.any():
+            found["near-miss that opens it"] = near.only(open_)
+    return found
 
 
 def _rules(delta: Delta, *, has_base: bool) -> list[Rule]:

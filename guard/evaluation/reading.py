@@ -63,6 +63,25 @@ class Reads:
     def __len__(self) -> int:
         return len(self.completions)
 
+    def only(self, wanted: torch.Tensor) -> Reads:
+        """The requests where `wanted`, bool [N], is true, in their order."""
+        rows = wanted[self.owners]
+        numbers = wanted.long().cumsum(0) - 1
+        seen = {
+            name: Seen(each.space, each.coordinates[rows], each.lengths[rows], each.low[wanted], each.high[wanted])
+            for name, each in self.seen.items()
+        }
+        return Reads(
+            tuple(text for text, keep in zip(self.completions, wanted.tolist(), strict=True) if keep),
+            self.prompt_tokens[wanted],
+            self.completion_tokens[wanted],
+            self.residual[wanted],
+            numbers[self.owners[rows]],
+            self.places[rows],
+            seen,
+            {name: residual[wanted] for name, residual in self.bases.items()},
+        )
+
 
 class Reader:
     """One model, and the lenses to look at its residual stream through. Use as a context manager."""
