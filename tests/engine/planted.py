@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from guard.engine.probe import Readings
 from guard.engine.runner_v1 import Rows
-from tests.guard.planted import clean_rows
+from tests.guard.planted import clean_lengths, clean_rows
 
 
-def random_batch(seed: int, sequences: int = 6) -> tuple[list[Rows], torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a worker has of one step: whose rows, what the probes saw of them, and who speaks."""
+
+    batch: list[Rows]
+    readings: Readings
+    roles: torch.Tensor
+
+    @property
+    def coordinates(self) -> torch.Tensor:
+        return self.readings.coordinates
+
+
+def step(batch: list[Rows], seed: int, spread: float = 0.3) -> Step:
+    """Random readings and roles for the rows of a batch."""
+    count = sum(rows.count for rows in batch)
+    roles = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(seed))
+    return Step(batch, Readings(clean_rows(count, seed, spread), clean_lengths(count, seed)), roles)
+
+
+def random_step(seed: int, sequences: int = 6) -> Step:
     """Prompts' chunks, last chunks, decode rows, and rows that are computed again across the end of a prompt."""
     chance = random.Random(seed)
     batch: list[Rows] = []
@@ -31,19 +53,19 @@ def random_batch(seed: int, sequences: int = 6) -> tuple[list[Rows], torch.Tenso
             first, count, samples = chance.randint(0, prompt - 1), prompt + 3, True
         batch.append(Rows(f"r{index}", row, count, first, prompt, samples))
         row += count
-    return batch, clean_rows(row, seed, spread=0.3)
+    return step(batch, seed)
 
 
-def reordered(
-    batch: Sequence[Rows], coordinates: torch.Tensor, order: Sequence[int]
-) -> tuple[list[Rows], torch.Tensor]:
-    """The same batch with its sequences in another order."""
+def picked(some: Step, order: Sequence[int]) -> Step:
+    """A step of some of its sequences, in this order."""
     moved: list[Rows] = []
     parts: list[torch.Tensor] = []
     row = 0
     for index in order:
-        old = batch[index]
-        parts.append(coordinates[old.first_row : old.first_row + old.count])
+        old = some.batch[index]
+        parts.append(torch.arange(old.first_row, old.first_row + old.count))
         moved.append(Rows(old.sequence, row, old.count, old.first_position, old.prompt_tokens, old.samples))
         row += old.count
-    return moved, torch.cat(parts)
+    kept = torch.cat(parts)
+    readings = Readings(some.readings.coordinates[kept], some.readings.lengths[kept])
+    return Step(moved, readings, some.roles[kept])

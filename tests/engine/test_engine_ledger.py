@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from guard.calibration import Calibration, ScoreKey
 from guard.engine import ledger as ledger_module
 from guard.engine.ledger import Identity, Ledger
 from guard.engine.runner_v1 import Rows
 from guard.evidence import Record
 from guard.policy import Mode, Policy
-from tests.guard.planted import EVERY, a_score, calibration
+from guard.verdict import PHASES, DetectorName
+from tests.guard.planted import EVERY, a_score, calibration, with_clean
 
 KEY = "0123456789abcdef" * 2
 SEQUENCE = f"chatcmpl-{KEY}-0a1b2c3d"
@@ -89,11 +91,12 @@ def test_the_largest_score_over_steps_is_kept_and_judged() -> None:
     for value in (3.0, 8.5, 5.0):
         book.score(SEQUENCE, [a_score(value), a_score(value / 1000, "exceedance", "completion")])
     density, exceedance = record(book).scores
-    assert (density.score, density.threshold, density.p_value) == (8.5, 100.0, (1 + 91) / 100)
-    assert (density.position, density.layer, density.direction) == (3, 4, None)
+    # 91 of the 99 held-out requests have at least 8.5; flagging above the 92nd largest would flag 92 of them.
+    assert (density.score, density.threshold, density.p_value) == (8.5, 100.0, (92 + 1) / 100)
+    assert (density.position, density.layer, density.direction) == (3, 4, "L4.down_proj.u0")
     # The policy names no exceedance; it is still told, against the calibration's own rate.
     assert (exceedance.score, exceedance.phase) == (0.0085, "completion")
-    assert exceedance.threshold == pytest.approx(0.95)
+    assert exceedance.threshold == pytest.approx(0.91)
     assert record(book).action == "allow"
 
 
@@ -107,14 +110,14 @@ def test_a_score_above_the_threshold_blocks_and_one_at_it_does_not(value: float,
 
 def test_each_phase_has_its_own_threshold() -> None:
     book = admitted(policy(fpr=0.1))
-    book.score(SEQUENCE, [a_score(95.0)])
+    book.score(SEQUENCE, [a_score(91.0)])
     assert record(book).action == "allow"
-    book.score(SEQUENCE, [a_score(95.5, phase="completion")])
+    book.score(SEQUENCE, [a_score(91.5, phase="completion")])
     assert (record(book).action, record(book).phase, record(book).detector) == ("block", "completion", "density")
 
 
 def test_one_who_names_no_policy_is_judged_by_the_engines_or_at_the_calibrations_rate() -> None:
-    for default, threshold in ((None, 95.0), (policy(fpr=0.5), 75.0), (policy(raw=2.0), 2.0)):
+    for default, threshold in ((None, 91.0), (policy(fpr=0.5), 51.0), (policy(raw=2.0), 2.0)):
         book = ledger(default)
         book.admit(SEQUENCE, None, STOP)
         book.score(SEQUENCE, [a_score(1.0)])
@@ -188,6 +191,107 @@ def test_one_sequences_scores_touch_no_other() -> None:
     assert record(book).action == "allow"
 
 
+# -- detections that share a rate -------------------------------------------------------------------------------------
+
+
+def detections(action: str = "flag", mode: Mode = "monitor", **thresholds: dict[str, float]) -> Policy:
+    return Policy.model_validate(
+        {"mode": mode, "detections": {name: {"action": action, "threshold": one} for name, one in thresholds.items()}}
+    )
+
+
+def apart() -> Calibration:
+    """Density is rarest for one half of the held-out requests, exceedance for the other; intrinsic is as density."""
+    some = calibration()
+    for phase in PHASES:
+        rising = tuple(float(number) for number in range(99))
+        some = with_clean(some, "density", phase, rising)
+        some = with_clean(some, "intrinsic", phase, rising)
+        some = with_clean(some, "exceedance", phase, rising[::-1])
+    return some
+
+
+def told(policy_: Policy, value: float = 90.0, by: Calibration | None = None) -> dict[ScoreKey, tuple[float, float]]:
+    """Threshold and p-value of each score, where all have this value."""
+    book = Ledger(by or apart(), None)
+    book.admit(SEQUENCE, policy_.to_wire(), STOP)
+    book.score(SEQUENCE, [a_score(value, *key) for key in EVERY])
+    assert record(book).unscorable is None
+    return {(one.detector, one.phase): (one.threshold, one.p_value) for one in record(book).scores}
+
+
+def test_detections_of_equal_rate_share_it_and_are_judged_together() -> None:
+    alone = told(detections(density={"fpr": 0.1}))
+    shared = told(detections(density={"fpr": 0.1}, exceedance={"fpr": 0.1}))
+    several = told(detections(density={"fpr": 0.1}, exceedance={"fpr": 0.2}))
+    for phase in PHASES:
+        # Alone: 9 requests above the threshold and the new one are 10 of 100. Nine of the 99 are at least 90.
+        assert alone["density", phase] == (90.0, 0.11)
+        assert alone["exceedance", phase] == (90.0, 0.11)
+        # Together half of them each: four requests of either kind, and the new one.
+        assert shared["density", phase] == shared["exceedance", phase] == (95.0, 0.21)
+        # Another rate is not shared.
+        assert several["density", phase] == alone["density", phase]
+        assert several["exceedance", phase] == (80.0, 0.11)
+    # What rises and falls together costs nothing.
+    alike = told(detections(density={"fpr": 0.1}, intrinsic={"fpr": 0.1}))
+    assert {alike[key] for key in EVERY if key[0] != "exceedance"} == {(90.0, 0.11)}
+
+
+def test_thresholds_of_a_shared_rate_are_those_of_the_calibrations_ranks() -> None:
+    by, rates = apart(), {"density": 0.1, "intrinsic": 0.3, "exceedance": 0.1}
+    found = told(detections(**{name: {"fpr": fpr} for name, fpr in rates.items()}), by=by)
+    groups: list[tuple[float, tuple[DetectorName, ...]]] = [(0.1, ("density", "exceedance")), (0.3, ("intrinsic",))]
+    for fpr, names in groups:
+        for name in names:
+            for phase in PHASES:
+                ranks = by.ranks(names)
+                assert found[name, phase] == (ranks.threshold((name, phase), fpr), ranks.p_value((name, phase), 90.0))
+
+
+def test_a_raw_threshold_is_taken_as_it_stands_and_shares_no_rate() -> None:
+    found = told(detections(density={"raw": 42.5}, exceedance={"fpr": 0.1}))
+    for phase in PHASES:
+        assert found["density", phase] == (42.5, 0.11)
+        assert found["exceedance", phase] == (90.0, 0.11)
+
+
+@pytest.mark.parametrize(("value", "action"), [(90.0, "allow"), (94.0, "allow"), (95.0, "allow"), (95.5, "block")])
+@pytest.mark.parametrize("key", [key for key in EVERY if key[0] != "intrinsic"])
+def test_any_of_the_scores_that_share_a_rate_blocks(value: float, action: str, key: ScoreKey) -> None:
+    book = Ledger(apart(), None)
+    shared = detections("block", "enforce", density={"fpr": 0.1}, exceedance={"fpr": 0.1})
+    book.admit(SEQUENCE, shared.to_wire(), STOP)
+    book.score(SEQUENCE, [a_score(1.0), a_score(value, *key)])
+    assert record(book).action == action
+
+
+def own_only() -> Calibration:
+    """Of a bank without directions of a delta."""
+    some = calibration()
+    keys = [key for key in EVERY if key[0] != "density"]
+    return replace(some, clean={key: some.clean[key] for key in keys}, growth={key: some.growth[key] for key in keys})
+
+
+def test_a_detector_that_the_bank_has_no_directions_for_makes_the_request_unscorable() -> None:
+    for threshold in ({"raw": 1e9}, {"fpr": 0.5}):
+        book = Ledger(own_only(), None)
+        book.admit(SEQUENCE, detections("block", "enforce", density=threshold).to_wire(), STOP)
+        expected = "the bank has no directions for density; it serves intrinsic, exceedance"
+        assert (record(book).unscorable, record(book).action) == (expected, "block")
+
+
+def test_the_engines_own_policy_is_the_first_detector_that_there_are_directions_for() -> None:
+    book = Ledger(own_only(), None)
+    book.admit(SEQUENCE, None, STOP)
+    book.score(SEQUENCE, [a_score(9.0, "intrinsic"), a_score(50.0, "exceedance")])
+    # Exceedance is far above, and decides nothing.
+    assert record(book).action == "allow"
+    assert [one.threshold for one in record(book).scores] == pytest.approx([9.1, 0.91])
+    book.score(SEQUENCE, [a_score(9.2, "intrinsic")])
+    assert (record(book).action, record(book).detector, record(book).mode) == ("block", "intrinsic", "enforce")
+
+
 # -- coverage ---------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +359,7 @@ def test_a_rate_that_the_calibration_cannot_keep_is_unscorable_under_the_policy_
 ) -> None:
     book = admitted(policy(mode, fpr=0.001), default)
     assert (record(book).mode, record(book).action) == (mode, action)
-    assert "needs 1999 held-out clean requests" in (record(book).unscorable or "")
+    assert "0.001 cannot be kept with 99 held-out clean requests" in (record(book).unscorable or "")
 
 
 def test_one_bad_policy_hurts_no_other_request() -> None:
@@ -269,7 +373,7 @@ def test_one_bad_policy_hurts_no_other_request() -> None:
 
 def test_a_draft_without_held_out_scores_judges_by_raw_thresholds_alone() -> None:
     raw = {"action": "flag", "threshold": {"raw": 1e30}}
-    both = {"mode": "monitor", "detections": {"density": raw, "exceedance": raw}}
+    both = {"mode": "monitor", "detections": {"density": raw, "intrinsic": raw, "exceedance": raw}}
     book = Ledger(replace(calibration(), clean=dict.fromkeys(EVERY, ())), None)
     book.admit(SEQUENCE, json.dumps(both), STOP)
     book.score(SEQUENCE, [a_score(4.0), a_score(0.5, "exceedance")])
