@@ -74,11 +74,14 @@ def _check_detectors(status: Status, policy: Policy) -> None:
                     f"the policy detects by `{name}`, but worker {worker.rank} has {known or 'nothing'}"
                 )
         for fpr, names in policy.shared_rates().items():
+            sharing = " and ".join(names) + (" together" if len(names) > 1 else "")
+            if names not in supported:
+                raise HandshakeError(f"worker {worker.rank} says nothing of {sharing}: is it of another version?")
             if fpr < supported[names]:
                 raise HandshakeError(
                     f"`policy.detections.{names[0]}.threshold.fpr` is {fpr:g}, but the calibration of worker "
-                    f"{worker.rank} supports {supported[names]:g} and above for {' and '.join(names)} together; "
-                    "calibrate with more clean requests"
+                    f"{worker.rank} supports {supported[names]:g} and above for {sharing}; calibrate with more clean "
+                    "requests"
                 )
 
 

@@ -239,8 +239,8 @@ def test_detections_of_equal_rate_share_it_and_are_judged_together() -> None:
 
 
 def test_thresholds_of_a_shared_rate_are_those_of_the_calibrations_ranks() -> None:
-    by, rates = apart(), {"density": 0.1, "intrinsic": 0.3, "exceedance": 0.1}
-    found = told(detections(**{name: {"fpr": fpr} for name, fpr in rates.items()}), by=by)
+    by = apart()
+    found = told(detections(density={"fpr": 0.1}, intrinsic={"fpr": 0.3}, exceedance={"fpr": 0.1}), by=by)
     groups: list[tuple[float, tuple[DetectorName, ...]]] = [(0.1, ("density", "exceedance")), (0.3, ("intrinsic",))]
     for fpr, names in groups:
         for name in names:

@@ -35,7 +35,7 @@ WORKER = WorkerStatus(
     calibration="sha256:calibration",
     layers=(1, 4),
     reserved_token_id=5,
-    detectors=(DetectorStatus(detector="density", supported_fpr=0.01),),
+    detectors=(DetectorStatus(detectors=("density",), supported_fpr=0.01),),
     undertow_version="1",
     vllm_version="2",
     dtype="float32",

@@ -183,7 +183,7 @@ def test_sinks_are_looked_for_where_prompts_begin_and_nowhere_else(tmp_path: Pat
 
 
 def test_a_decision_at_a_sink_is_kept_as_any_other(tmp_path: Path) -> None:
-    steps = prompts(9, 40, 1, {0: 20.0}) + [step([Rows("one", 0, 1, 0, 1, True)], 7)]
+    steps = [*prompts(9, 40, 1, {0: 20.0}), step([Rows("one", 0, 1, 0, 1, True)], 7)]
     found = recorded(tmp_path, "shape", steps)
     assert found["sinks"].tolist() == [0]
     assert found["count.prompt"].tolist() == [10]

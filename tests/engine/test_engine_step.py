@@ -111,7 +111,7 @@ def test_density_reads_only_rows_that_are_sampled() -> None:
     after = found(some)
     for name in ("density", "intrinsic"):
         assert ("chunk", name, "prompt") not in after
-        assert after["last", name, "prompt"] == before["last", name, "prompt"]  # type: ignore[index]
+        assert after["last", name, "prompt"] == before["last", name, "prompt"]
     assert after["last", "exceedance", "prompt"].value > before["last", "exceedance", "prompt"].value + 40
 
 
@@ -203,8 +203,8 @@ def test_an_allowance_is_by_the_place_in_the_phase_and_never_at_the_end_of_a_pro
     every = {"_".join((name, phase)): 1.0 for name in ("density", "intrinsic", "exceedance") for phase in PHASES}
     grown = found(some, with_growth(**every))
     for name in ("density", "intrinsic"):
-        prompt: Key = ("p", name, "prompt")  # type: ignore[assignment]
-        completion: Key = ("c", name, "completion")  # type: ignore[assignment]
+        prompt: Key = ("p", name, "prompt")
+        completion: Key = ("c", name, "completion")
         # The last token of a prompt is one token, however long the prompt is.
         assert grown[prompt].value == plain[prompt].value
         # Token 29 is the tenth that was generated.

@@ -1,4 +1,4 @@
-"""Whose each row of a step is: the prompt's tokens by the chat template's headers, what is generated the assistant's."""
+"""Whose each row of a step is: a prompt's tokens by the chat template's headers, what is generated the assistant's."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_prompt_without_a_generation_prompt_ends_with_its_last_turn() -> None:
 def test_sequences_of_a_step_stand_one_after_another() -> None:
     made = turns(a=PROMPT, b=(1, 9, 2, 9, 9), c=(9, 9))
     batch = [rows(12, 1), rows(1, 3, "b", 5, 1), rows(0, 2, "c", 2, 4), rows(4, 4, row=6)]
-    expected = [ASSISTANT] + [SYSTEM, USER, USER] + [USER, USER] + SAID[4:8]
+    expected = [ASSISTANT, SYSTEM, USER, USER, USER, USER, *SAID[4:8]]
     assert made.of(batch).tolist() == expected
 
 

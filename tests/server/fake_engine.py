@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal
 
 from starlette.applications import Starlette
@@ -35,7 +36,7 @@ from guard.evidence import (
     WorkerStatus,
 )
 from guard.policy import Policy
-from guard.verdict import Phase
+from guard.verdict import DetectorName, Phase
 
 RESERVED = 999
 FINGERPRINT = "f" * 16
@@ -412,9 +413,16 @@ def error_body(code: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": code}}
 
 
-def status(fingerprint: str = FINGERPRINT, workers: int = 2, supported_fpr: float = 0.005) -> Status:
-    """The status of an engine whose workers agree."""
-    detectors = (DetectorStatus(detector="density", supported_fpr=supported_fpr),)
+def status(
+    fingerprint: str = FINGERPRINT,
+    workers: int = 2,
+    supported_fpr: float = 0.002,
+    names: Sequence[DetectorName] = ("density", "exceedance", "intrinsic"),
+) -> Status:
+    """The status of an engine whose workers agree. `supported_fpr`: of one detector alone; two together support twice
+    that, and three three times."""
+    groups = [group for size in range(1, len(names) + 1) for group in combinations(names, size)]
+    detectors = tuple(DetectorStatus(detectors=group, supported_fpr=len(group) * supported_fpr) for group in groups)
     return Status(
         workers=tuple(
             WorkerStatus(
@@ -447,9 +455,10 @@ def _event(value: object) -> bytes:
 def shapes() -> dict[str, Any]:
     """Every body and chunk that the fake sends, as `shape_of` sees it, by a name that says which one it is.
 
-    Keys: `{chat,completions}.full`, `.chunk` (a token), `.finish`, `.blocked_finish`, `.usage`, and `chat.role`.
+    Keys: `{chat,completions}.full`, `.chunk` (a token), `.finish`, `.blocked_finish`, `.usage`, `chat.role`, and
+    `status`.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"status": shape_of(json.loads(status().model_dump_json()))}
     for name, chat in (("chat", True), ("completions", False)):
         wire = {"vllm_xargs": {POLICY_ARGUMENT: Policy().to_wire()}, "stream_options": {"include_usage": True}}
         play = Play(Script(), wire, chat)

@@ -271,7 +271,7 @@ def test_a_client_that_leaves_before_its_stream_opens_cancels_the_engines_work(
     ("broken", "said"),
     [
         (status(fingerprint="e" * 16), "eeeeeeeeeeeeeeee"),
-        (status(supported_fpr=0.05), "supports 0.05"),
+        (status(supported_fpr=0.05), "supports 0.05 and above for density;"),
         (status(workers=0), "no worker"),
         (
             status().model_copy(update={"workers": (*status().workers[:1], status(fingerprint="a" * 16).workers[1])}),

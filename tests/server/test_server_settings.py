@@ -53,7 +53,7 @@ def test_the_shipped_file_names_every_variable_that_overrides_it() -> None:
         ("version: 1\npolicy: {detections: {}}", "mode `enforce` needs at least one detection"),
         (
             "version: 1\npolicy: {detections: {densty: {action: block}}}",
-            "`policy.detections.densty`: unknown name; expected 'density' or 'exceedance'",
+            "`policy.detections.densty`: unknown name; expected 'density', 'intrinsic' or 'exceedance'",
         ),
         (
             "version: 1\npolicy: {detections: {density: {action: steer}}}",
