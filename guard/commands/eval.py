@@ -19,7 +19,7 @@ from guard.errors import ConfigError
 if TYPE_CHECKING:
     from guard.evaluation.cases import Case
     from guard.evaluation.evaluating import Options
-    from guard.evaluation.results import Run
+    from guard.evaluation.results import Results, Run
 
 DESCRIPTION = """\
 Read a model's residual stream for many prompts, fit every detector and every baseline on the same clean ones, and count
@@ -66,9 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--references", type=int, default=1500, metavar="N", help="clean prompts to learn from (1500)")
     parser.add_argument("--held-out", type=int, default=3000, metavar="N", help="clean prompts for thresholds (3000)")
-    parser.add_argument(
-        "--test", type=int, default=500, metavar="N", help="of a suite: clean prompts to test on (500)"
-    )
+    parser.add_argument("--test", type=int, default=500, metavar="N", help="of a suite: clean prompts to test on (500)")
     parser.add_argument("--count", type=int, default=300, metavar="N", help="of a suite: prompts of other kinds (300)")
     parser.add_argument("--fpr", type=rate, default=0.01, metavar="RATE", help="the headline's rate (0.01)")
     parser.add_argument("--k", type=int, metavar="N", help="directions per matrix (default: the bank's default)")
@@ -107,9 +105,9 @@ def run(arguments: argparse.Namespace) -> int:
     parts: list[Results] = []
     for number, (name, make) in enumerate(cases, 1):
         path = kept / f"{name}.json"
-        if path.is_file():
+        if path.is_file() and _covers(part := Results.from_json(path.read_text()), options):
             print(f"[{number}/{len(cases)}] {name}: taken from {path}", file=sys.stderr)
-            parts.append(Results.from_json(path.read_text()))
+            parts.append(part)
             continue
         print(f"[{number}/{len(cases)}] {name}", file=sys.stderr)
         case = make()
@@ -150,6 +148,19 @@ def _cases(arguments: argparse.Namespace) -> tuple[list[tuple[str, Callable[[], 
     weights = {each.name: float(each.plan.evasion.weight) for each in members if each.plan.evasion is not None}
     # Made when their turn comes: prompts take memory.
     return [(each.name, partial(of_member, each, clean, arguments.count)) for each in members], weights
+
+
+def _covers(part: Results, options: Options) -> bool:
+    """Whether a finished subject was measured as asked now, or more of it."""
+    run = part.run
+    same = run.targets == options.targets and run.seeds == (options.seed,) and run.headline_target == options.headline
+    sizes = run.calibration == {"references": options.references, "held out": options.held_out}
+    return (
+        same
+        and sizes
+        and (not options.splits or any(len(each.rates) >= options.splits for each in part.splits))
+        and (not options.curves or bool(part.calibration_curve))
+    )
 
 
 def _pair(text: str) -> tuple[str, Path]:
