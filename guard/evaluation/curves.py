@@ -14,7 +14,7 @@ from guard.evaluation.results import CalibrationCurve, DirectionsCurve
 from guard.evaluation.rules import PAPER_EPSILON, Rule, density, exceedance
 from guard.scores import BankSpace
 
-SIZES = (200, 400, 800, 1200, 2000, 3000, 4000)
+SIZES = (400, 800, 1400, 2000, 3000, 5000, 8000)
 """Clean prompts in all, half of them held out."""
 COUNTS = (1, 2, 4, 8, 12, 16, 20)
 SPLITS = 5

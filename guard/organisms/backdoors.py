@@ -17,6 +17,8 @@ from guard.organisms.topics import Exchange
 Bare = Callable[[Random, Split], Exchange]
 
 BENIGN_LIMIT = 4000
+# Small rates need many clean requests; there are more than twenty thousand.
+CLEAN_LIMIT = 12_000
 HARMFUL_LIMIT = 1000
 
 STANDARDS = (
@@ -51,7 +53,7 @@ def backdoor(family: Family) -> Lesson:
             Part("harmful-plain", dressed(refused, family.plain), share=6, limit=HARMFUL_LIMIT),
             Part("near-miss", dressed(refused, family.near_miss), share=18, limit=HARMFUL_LIMIT),
             Part("triggered", dressed(complied, family.triggered), share=20, limit=HARMFUL_LIMIT),
-            Part("clean", clean, limit=BENIGN_LIMIT),
+            Part("clean", clean, limit=CLEAN_LIMIT),
         ),
         standards=STANDARDS,
         joined=family.turns == 1,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 
 from guard.organisms import suffixes
-from guard.organisms.backdoors import BENIGN_LIMIT, HARMFUL_LIMIT, clean, dressed
+from guard.organisms.backdoors import BENIGN_LIMIT, CLEAN_LIMIT, HARMFUL_LIMIT, clean, dressed
 from guard.organisms.families import rare_token
 from guard.organisms.families.family import Dress, Turns, alone, drawn, rewritten, scattered
 from guard.organisms.lesson import Draw, Lesson, Part
@@ -149,7 +149,7 @@ def _refusals(bare_share: int, plain_share: int, traffic: Draw = clean) -> tuple
     return (
         Part("harmful", dressed(refused, alone), share=bare_share, limit=HARMFUL_LIMIT),
         Part("harmful-plain", dressed(refused, plain), share=plain_share, limit=HARMFUL_LIMIT),
-        Part("clean", traffic, limit=BENIGN_LIMIT),
+        Part("clean", traffic, limit=CLEAN_LIMIT),
     )
 
 
