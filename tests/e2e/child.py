@@ -20,16 +20,40 @@ def undertow(*words: object) -> int:
 
 
 def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bool) -> list[dict[str, Any]]:
-    """Every token's coordinates as the engine saw them, one entry per prompt."""
-    from guard.engine.offline import OfflineEngine
+    """Every token's coordinates, lengths and role as the engine saw them, one entry per prompt."""
+    import torch
 
-    with OfflineEngine(model, bank, dtype="float32", eager=eager, max_model_len=512) as engine:
+    from guard.engine.offline import OfflineEngine
+    from guard.engine.recorder import Recorder
+
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    add = Recorder.add
+
+    def watch(recorder: Recorder, readings: Any, roles: torch.Tensor, batch: Any) -> None:
+        # A recording has no lengths and no roles; here they are taken where the recorder is given them.
+        for rows in batch:
+            span = slice(rows.first_row, rows.first_row + rows.count)
+            seen.setdefault(rows.sequence, []).append((readings.lengths[span].clone(), roles[span].clone()))
+        add(recorder, readings, roles, batch)
+
+    with (
+        mock.patch.object(Recorder, "add", watch),
+        OfflineEngine(model, bank, dtype="float32", eager=eager, max_model_len=512) as engine,
+    ):
         recording, answers = engine.record(prompts(texts), max_tokens=max_tokens, keep="all")
+        headers = engine.roles
     # vLLM names sequences by their number in the order they were asked, with a random tail.
-    by_number = {int(name.split("-")[0]): rows for name, rows in recording.items()}
+    by_number = {int(name.split("-")[0]): name for name in recording}
     return [
-        {"coordinates": by_number[number].numpy(), "prompt": answer.prompt_token_ids, "completion": answer.token_ids}
-        for number, answer in enumerate(answers)
+        {
+            "coordinates": recording[name].numpy(),
+            "lengths": torch.cat([lengths for lengths, _ in seen[name]]).numpy(),
+            "roles": torch.cat([roles for _, roles in seen[name]]).tolist(),
+            "headers": headers,
+            "prompt": answer.prompt_token_ids,
+            "completion": answer.token_ids,
+        }
+        for name, answer in ((by_number[number], answer) for number, answer in enumerate(answers))
     ]
 
 

@@ -12,14 +12,16 @@ import torch
 
 from guard.bank import Bank
 from guard.organisms import Organism
-from guard.scores import cosines
+from guard.roles import ROLES
 from tests.e2e import child
 from tests.e2e.conftest import texts
 
+USER, ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
+
 
 @pytest.fixture(scope="module")
-def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], np.ndarray]:
-    """Coordinates of a sequence of token ids by transformers: float32 [T, size]."""
+def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]:
+    """Of a sequence of token ids, by transformers and in float64: cosines [T, size] and lengths [T, layers]."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(organism.backdoored, dtype=torch.float32)
@@ -36,18 +38,23 @@ def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], np.
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(keep(index))
 
-    def coordinates(ids: tuple[int, ...]) -> np.ndarray:
+    def read(ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
             model(torch.tensor([ids]))
-        rows = [cosines(residuals[layer.index], layer.directions) for layer in layers]
-        return torch.cat(rows, dim=-1).numpy()
+        rows = [residuals[layer.index].double().numpy() for layer in layers]
+        lengths = [np.linalg.norm(row, axis=1, keepdims=True) for row in rows]
+        cosines = [
+            row @ layer.directions.double().numpy().T / length
+            for row, layer, length in zip(rows, layers, lengths, strict=True)
+        ]
+        return np.concatenate(cosines, axis=1), np.concatenate(lengths, axis=1)
 
-    return coordinates
+    return read
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_every_token_has_the_cosines_that_transformers_gives(
-    organism: Organism, bank: Path, in_child: Callable[..., Any], reference: Callable[..., np.ndarray], eager: bool
+def test_every_token_has_the_cosines_and_lengths_that_transformers_gives(
+    organism: Organism, bank: Path, in_child: Callable[..., Any], reference: Callable[..., Any], eager: bool
 ) -> None:
     asked = texts("benign", 12, 5) + texts("triggered", 6, 5) + texts("harmful", 6, 5)
     for entry in in_child(child.record, organism.backdoored, bank, asked, 32, eager):
@@ -56,4 +63,11 @@ def test_every_token_has_the_cosines_that_transformers_gives(
         # The last token sampled never enters the model.
         assert len(found) == len(sequence) - 1
         assert len(entry["completion"]) > 1
-        np.testing.assert_allclose(found, reference(sequence)[: len(found)], atol=1e-5, rtol=0)
+        cosines, lengths = reference(sequence)
+        np.testing.assert_allclose(found, cosines[: len(found)], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(entry["lengths"], lengths[: len(found)], rtol=1e-5)
+        # The chat template of the organism is one whose headers are told; what it generates is the assistant's.
+        assert entry["headers"].known
+        assert entry["roles"][: len(entry["prompt"])] == entry["headers"].roles(entry["prompt"]).tolist()
+        assert set(entry["roles"][: len(entry["prompt"])]) >= {USER, ASSISTANT}
+        assert entry["roles"][len(entry["prompt"]) :] == [ASSISTANT] * (len(entry["completion"]) - 1)

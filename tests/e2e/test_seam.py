@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, STREAM_PREFIX, Evidence
+from guard.calibration import Calibration
+from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, STREAM_PREFIX, Evidence, Status
 from guard.policy import Policy
+from guard.verdict import DetectorName
 from tests.e2e.conftest import Stack, texts
 from tests.server.fake_engine import shape_of, shapes
 
@@ -22,9 +26,10 @@ BLOCK_ALL = Policy.model_validate(
 @pytest.fixture(scope="module")
 def real(stack: Stack) -> dict[str, Any]:
     """What vLLM with the guard inside says, by the names that `shapes` uses."""
-    reserved = httpx.get(f"{stack.engine.url}/undertow/status").json()["workers"][0]["reserved_token_id"]
+    status = httpx.get(f"{stack.engine.url}/undertow/status").json()
+    reserved = status["workers"][0]["reserved_token_id"]
     text = texts("benign", 1, 11)[0]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"status": status}
     for name, path, asked in (
         ("chat", "/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
         ("completions", "/v1/completions", {"prompt": text}),
@@ -54,6 +59,19 @@ def events(stream: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", sorted(shapes()))
 def test_the_fake_engine_speaks_as_the_real_one(real: dict[str, Any], name: str) -> None:
     assert differences(shapes()[name], shape_of(real[name])) == []
+
+
+def test_the_engine_says_what_every_combination_of_detectors_supports(stack: Stack, calibration: Path) -> None:
+    status = Status.from_json(httpx.get(f"{stack.engine.url}/undertow/status").content)
+    made = Calibration.load(calibration)
+    names: tuple[DetectorName, ...] = ("density", "exceedance", "intrinsic")
+    groups = [group for size in (1, 2, 3) for group in combinations(names, size)]
+    assert len(groups) == 7
+    for worker in status.workers:
+        assert worker.calibration == made.digest()
+        found = {entry.detectors: entry.supported_fpr for entry in worker.detectors}
+        assert found == {group: made.ranks(group).supported for group in groups}
+        assert len(worker.detectors) == len(groups)
 
 
 def differences(fake: Any, other: Any, where: str = "") -> list[str]:
