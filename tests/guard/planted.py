@@ -149,11 +149,10 @@ def naive_moments(rows: Array) -> tuple[Array, Array]:
     return mean, covariance
 
 
-def naive_density(
+def naive_shares(
     row: Array, mean: Array, covariance: Array, chosen: Sequence[int], slots: Sequence[int] = SLOTS
-) -> tuple[float, int, int]:
-    """The Mahalanobis distance of one row of projections over the root of the number of coordinates; the layer slot and
-    the coordinate that add most to it."""
+) -> Array:
+    """What each chosen coordinate of one row of projections adds to its squared Mahalanobis distance."""
     own = list(chosen)
     of_layer = np.asarray(slots)[own]
     ridged = covariance[np.ix_(own, own)].copy()
@@ -162,10 +161,20 @@ def naive_density(
         mean_variance = variances[of_layer == slot].mean()
         ridged[place, place] += RIDGE * (mean_variance if mean_variance > 0 else 1.0)
     deviation = row[own] - mean[own]
-    shares = deviation * (np.linalg.inv(ridged) @ deviation)
+    shares: Array = deviation * (np.linalg.inv(ridged) @ deviation)
+    return shares
+
+
+def naive_density(
+    row: Array, mean: Array, covariance: Array, chosen: Sequence[int], slots: Sequence[int] = SLOTS
+) -> tuple[float, int, int]:
+    """The Mahalanobis distance of one row of projections over the root of the number of coordinates; the layer slot and
+    the coordinate that add most to it."""
+    shares = naive_shares(row, mean, covariance, chosen, slots)
+    of_layer = np.asarray(slots)[list(chosen)]
     slot = max(set(of_layer.tolist()), key=lambda one: shares[of_layer == one].sum())
     worst = max(np.flatnonzero(of_layer == slot), key=lambda place: shares[place])
-    return math.sqrt(shares.sum() / len(own)), int(slot), own[int(worst)]
+    return math.sqrt(shares.sum() / len(shares)), int(slot), chosen[int(worst)]
 
 
 def naive_exceedance(row: Array, low: Array, high: Array, chosen: Sequence[int]) -> tuple[float, int]:

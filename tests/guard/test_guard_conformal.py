@@ -147,6 +147,14 @@ def test_the_rank_of_a_rate_is_the_largest_that_keeps_it(scores: Columns, data: 
     assert ranks.supported == pytest.approx(min(1.0, (entered_by_hand(scores, 1) + 1) / (count + 1)))
 
 
+@pytest.mark.parametrize("percent", range(2, 100))
+def test_a_rate_in_whole_percents_does_not_lose_its_rank_to_rounding(percent: int) -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    ranks = JointRanks({"only": [float(score) for score in range(99)]})
+    assert ranks.rank(float(f"0.{percent:02}")) == percent - 1
+    assert ranks.p_value("only", 101.0 - percent) == percent / 100
+
+
 @settings(max_examples=200, deadline=None)
 @given(columns(), st.floats(1e-3, 1, exclude_max=True))
 def test_a_threshold_is_the_score_at_the_rank_or_refused_with_the_numbers(scores: Columns, fpr: float) -> None:

@@ -40,6 +40,7 @@ from .planted import (
     naive_exceedance,
     naive_moments,
     naive_projections,
+    naive_shares,
     shape,
     tokens,
 )
@@ -240,6 +241,20 @@ def test_density_reads_the_directions_of_its_name_and_the_moments_of_the_phase(n
     others = [place for place in range(SPACE.size) if place not in CHOSEN[name]]
     some.coordinates[:, others] = math.nan
     assert torch.equal(detectors()[name].score(some).values, found.values)
+
+
+def test_shares_say_what_every_coordinate_adds_to_the_squared_distance() -> None:
+    some = tokens(40, 6, spread=0.3)
+    detector = shape().detectors(SPACE)["intrinsic"]
+    assert isinstance(detector, Density)
+    found, values = detector.shares(some), detector.score(some).values
+    rows = naive_projections(some)
+    for index, phase in enumerate(some.phases.tolist()):
+        moments = shape().decisions[phase]
+        mean, covariance = float64(moments.mean), float64(moments.covariance)
+        expected = naive_shares(rows[index], mean, covariance, CHOSEN["intrinsic"])
+        np.testing.assert_allclose(found[index], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        assert float(found[index].sum()) == pytest.approx(6 * float(values[index]) ** 2, rel=1e-4)
 
 
 def test_clean_tokens_have_a_density_of_about_one() -> None:
