@@ -41,7 +41,8 @@ class Case:
 
 
 def of_member(organism: Member, clean: int, count: int) -> Case:
-    """A trained member: `clean` clean requests, `count` of every other kind, shifts of clean traffic among them.
+    """A trained member: `clean` clean requests, `count` of every other kind, and half as many of every shift of clean
+    traffic, which is asked of all members.
 
     Raises CheckpointError where it is not trained.
     """
@@ -49,7 +50,8 @@ def of_member(organism: Member, clean: int, count: int) -> Case:
     chats: dict[str, Sequence[Sequence[Message]]] = {"clean": _asked(organism, "clean", clean, CLEAN_SEED)}
     kinds = organism.lesson.kinds
     chats |= {kind: _asked(organism, kind, min(count, kinds[kind]), KIND_SEED) for kind in OWN_KINDS if kind in kinds}
-    chats |= {kind: [list(each.messages) for each in shifted(kind, count, KIND_SEED)] for kind in SHIFTS}
+    shifts = max(1, count // 2)
+    chats |= {kind: [list(each.messages) for each in shifted(kind, shifts, KIND_SEED)] for kind in SHIFTS}
     subject = Subject(
         name=organism.name,
         kind=organism.kind,
