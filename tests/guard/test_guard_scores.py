@@ -257,11 +257,11 @@ def test_shares_say_what_every_coordinate_adds_to_the_squared_distance() -> None
         assert float(found[index].sum()) == pytest.approx(6 * float(values[index]) ** 2, rel=1e-4)
 
 
-def test_clean_tokens_have_a_density_of_about_one() -> None:
+def test_clean_tokens_have_a_density_of_one_less_what_the_ridge_takes() -> None:
     for phase in (0, 1):
         own = tokens(5000, 20 + phase, 0.1 + 0.1 * phase, phases=[phase] * 5000)
         values = shape(decisions=5000).detectors(SPACE)["density"].score(own).values
-        assert 0.8 < float(values.square().mean().sqrt()) < 1.05
+        assert 1 / (1 + 2 * RIDGE) < float(values.square().mean()) < 1.03
 
 
 def quiet_in(coordinate: int) -> tuple[Moments, Moments]:
