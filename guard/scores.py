@@ -26,7 +26,7 @@ from guard.bank import Bank, is_own
 from guard.errors import CalibrationError
 from guard.verdict import DetectorName
 
-RIDGE = 2.0
+RIDGE = 0.3
 """Added to every variance, in units of the mean variance of the coordinate's layer: what clean traffic hardly ever
 varies in must not count without bound. Chosen on development organisms, see docs/decisions/0003-density.md."""
 
