@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +28,11 @@ from .planted import EVERY, calibration
 
 
 @pytest.fixture(autouse=True)
-def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is wrong with arguments is said before vLLM is imported, which takes many seconds."""
     monkeypatch.setattr(cli, "COMMANDS", ("guard.commands.calibrate",))
-    yield
-    assert "vllm" not in sys.modules
+    for module in ("guard.engine.offline", "vllm"):
+        monkeypatch.setitem(sys.modules, module, None)
 
 
 def parse(*arguments: str) -> argparse.Namespace:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +20,11 @@ from .test_guard_calibration import OWN_ONLY
 
 
 @pytest.fixture(autouse=True)
-def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is wrong with arguments is said before vLLM is imported, which takes many seconds."""
     monkeypatch.setattr(cli, "COMMANDS", ("guard.commands.score",))
-    yield
-    assert "vllm" not in sys.modules
+    for module in ("guard.engine.offline", "vllm"):
+        monkeypatch.setitem(sys.modules, module, None)
 
 
 @pytest.fixture
