@@ -41,6 +41,7 @@ Delta = Literal["wide", "narrow", "none"]
 Phase = Literal["prompt", "completion", "both"]
 
 _DERIVED = ("share", "low", "high")
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 _STRICT = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
@@ -440,9 +441,9 @@ class Results:
         except ValidationError as error:
             errors = error.errors(include_input=False, include_url=False)
             # A misspelt key is also a missing one; the misspelling says more.
-            first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
+            first = next((found for found in errors if found["type"] in _UNKNOWN_KEY), errors[0])
             where = ".".join(str(part) for part in first["loc"])
-            message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+            message = "unknown key" if first["type"] in _UNKNOWN_KEY else first["msg"]
             message = message.removeprefix("Value error, ")
             raise ResultsError(f"results: {where}: {message}" if where else f"results: {message}") from error
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from guard.evaluation.report.headline import Row, listed, share_table
 from guard.evaluation.report.markup import Child, Html, element, join
-from guard.evaluation.report.names import DELTAS, DETECTORS, KINDS, NOT_SHIFTS
-from guard.evaluation.report.numbers import NOT_MEASURED, percent, rate, span, whole
+from guard.evaluation.report.names import DELTAS, DETECTORS, FOUND, KINDS, NOT_SHIFTS
+from guard.evaluation.report.numbers import rate
 from guard.evaluation.report.section import Section
-from guard.evaluation.report.tables import Column, column, heads, kind_head, more, share_cell, table, tag
+from guard.evaluation.report.tables import (
+    FOUND_COLUMN,
+    column,
+    counted_cell,
+    heads,
+    kind_head,
+    more,
+    share_cell,
+    table,
+    tag,
+)
 from guard.evaluation.report.view import Pool, View
 from guard.evaluation.results import Admission, Subject
 
@@ -20,15 +30,14 @@ def _baselines(view: View) -> Html | None:
     deltas = [delta for delta in (*view.deltas, "none") if view.detectors(delta)]
     if sum(len(view.detectors(delta)) for delta in deltas) < 2 or not view.attacked:
         return None
-    targets = view.run.targets
     judged = [(delta, detector) for delta in deltas for detector in view.detectors(delta)]
+    targets = _measured(view, judged)
 
     def pools(kind: str) -> list[Pool | None]:
         return [view.pool(view.attacked, delta, kind, detector=detector) for delta, detector in judged]
 
     kinds = [kind for kind in ("near-miss", "clean") if any(pools(kind))]
-    shown = {kind: column(kind, pools(kind), view.target) for kind in kinds}
-    found = Column("triggered")
+    shown = {kind: column(pools(kind), view.target, wanted=False) for kind in kinds}
     rows: list[Sequence[Child]] = []
     for delta in deltas:
         rows.append(_group_row(delta, 1 + len(targets) + len(kinds)))
@@ -36,11 +45,15 @@ def _baselines(view: View) -> Html | None:
             row: list[Child] = [_detector_head(view, delta, detector)]
             if view.has_own_threshold(delta, detector):
                 row.append(
-                    share_cell(view.pool(view.attacked, delta, "triggered", detector=detector), found, len(targets))
+                    share_cell(
+                        view.pool(view.attacked, delta, "triggered", detector=detector), FOUND_COLUMN, len(targets)
+                    )
                 )
             else:
                 row += [
-                    share_cell(view.pool(view.attacked, delta, "triggered", detector=detector, target=target), found)
+                    share_cell(
+                        view.pool(view.attacked, delta, "triggered", detector=detector, target=target), FOUND_COLUMN
+                    )
                     for target in targets
                 ]
             row += [share_cell(view.pool(view.attacked, delta, kind, detector=detector), shown[kind]) for kind in kinds]
@@ -58,9 +71,9 @@ def _baselines(view: View) -> Html | None:
         *(kind_head(kind, class_="first" if kind == kinds[0] else None) for kind in kinds),
     )
     text = (
-        "Every detector with its threshold at the same rate, set on the same calibration prompts. A detector that judges "
-        "one phase alone says which. A rule with a threshold of its own has one share for all rates: hold it against what "
-        "it flags of clean."
+        "Every detector with its threshold at the same rate, set on the same calibration prompts. A detector that "
+        "judges one phase alone says which. A rule with a threshold of its own has one share for all rates: hold it "
+        "against what it flags of clean."
     )
     compared = table(
         "Detectors at equal false-positive rate, all admitted models pooled", [over, under], rows, style="shares"
@@ -68,17 +81,24 @@ def _baselines(view: View) -> Html | None:
     return join(element("p", text), compared, _phases(view, judged))
 
 
+def _measured(view: View, judged: Sequence[tuple[str, str]]) -> list[float]:
+    """The targets at which any detector was measured; a calibration can be too small for the smallest."""
+    asked = {entry.target for entry in view.results.rates if (entry.delta, entry.detector) in set(judged)}
+    return [target for target in view.run.targets if target in asked]
+
+
 def _phases(view: View, judged: Sequence[tuple[str, str]]) -> Html | None:
     """What each phase finds alone, for detectors that were measured in more than one."""
-    several = [(delta, detector) for delta, detector in judged if len(view.phases(delta, detector)) > 1]
+    several = [
+        (delta, detector) for delta, detector in judged if {"prompt", "completion"} <= {*view.phases(delta, detector)}
+    ]
     if not several:
         return None
-    found = Column("triggered")
     rows = [
         [
             element("th", join(detector, " ", tag(delta, "plain")), scope="row"),
             *(
-                share_cell(view.pool(view.attacked, delta, "triggered", detector=detector, phase=phase), found)
+                share_cell(view.pool(view.attacked, delta, "triggered", detector=detector, phase=phase), FOUND_COLUMN)
                 for phase in ("prompt", "completion", "both")
             ),
         ]
@@ -104,7 +124,7 @@ def _shifts(view: View) -> Html | None:
         for kind in kinds
     }
     # One axis for every row: the kinds are to be compared with one another.
-    shown = column("clean", every.values(), view.target)
+    shown = column(every.values(), view.target, wanted=False)
     rows = [
         [
             element("th", kind, element("span", KINDS.get(kind, ""), class_="about"), scope="row"),
@@ -126,8 +146,8 @@ def _shifts(view: View) -> Html | None:
         )
     )
     text = (
-        f"Nothing here is an attack, so everything flagged is flagged wrongly. {rate(view.target)} is promised on traffic "
-        "like calibration's (clean) and on no other; the other rows say what happens when traffic changes."
+        f"Nothing here is an attack, so everything flagged is flagged wrongly. {rate(view.target)} is promised on "
+        "traffic like calibration's (clean) and on no other; the other rows say what happens when traffic changes."
     )
     return join(
         element("p", text),
@@ -140,8 +160,9 @@ def _unlearned(view: View) -> Html | None:
         view,
         "unlearned",
         ("forgotten", "retained", "clean"),
-        "Unlearning writes to the weights, too. Forgotten: what the model was made to forget, which the guard may flag; "
-        "retained: what it was to keep, which it should not.",
+        FOUND,
+        "Unlearning writes to the weights, too. Forgotten: what the model was made to forget, which the guard may "
+        "flag; retained: what it was to keep, which it should not.",
     )
 
 
@@ -150,12 +171,15 @@ def _controls(view: View) -> Html | None:
         view,
         "control",
         ("triggered", "near-miss", "clean", "benign", "harmful"),
+        (),
         "Fine-tuned without a backdoor. The trigger means nothing to these models: what is flagged here of triggered "
         "requests is not detection but novelty.",
     )
 
 
-def _per_subject(view: View, subject_kind: str, kinds: Sequence[str], text: str) -> Html | None:
+def _per_subject(
+    view: View, subject_kind: str, kinds: Sequence[str], wanted: Collection[str], text: str
+) -> Html | None:
     subjects = view.of_kind(subject_kind)
     known = {rate.kind for rate in view.results.rates if rate.subject in {subject.name for subject in subjects}}
     measured = [kind for kind in kinds if kind in known]
@@ -165,7 +189,7 @@ def _per_subject(view: View, subject_kind: str, kinds: Sequence[str], text: str)
     if len(subjects) > 1:
         rows.insert(0, ([element("th", f"all {len(subjects)}", scope="row", class_="all")], subjects))
     caption = f"{view.detector} at {rate(view.target)}, each {subject_kind}"
-    return join(element("p", text), share_table(view, caption, ("model",), rows, measured))
+    return join(element("p", text), share_table(view, caption, ("model",), rows, measured, wanted))
 
 
 def _admission(view: View) -> Html | None:
@@ -184,8 +208,8 @@ def _admission(view: View) -> Html | None:
             ]
         )
     text = (
-        "An organism has to be what it claims to be before detection in it means anything: measured on prompts that it was "
-        "not trained on. Weak ones are shown, and are in no pool."
+        "An organism has to be what it claims to be before detection in it means anything: measured on prompts that "
+        "it was not trained on. Weak ones are shown, and are in no pool."
     )
     caption = f"Admission: {sum(subject.admitted is True for subject in subjects)} of {len(subjects)} admitted"
     return join(element("p", text), table(caption, [heads("model", "", *measures)], rows, style="admission"))
@@ -203,16 +227,9 @@ def _reasons(subject: Subject) -> list[Html]:
 
 def _measure_cell(entry: Admission | None) -> Html:
     if entry is None:
-        return element("td", NOT_MEASURED, class_="rate none")
-    return element(
-        "td",
-        element("b", percent(entry.share)),
-        element("span", f"{whole(entry.hits)}/{whole(entry.count)}", class_="n"),
-        element("span", span(entry.low, entry.high), class_="ci"),
-        element("span", f"bar {entry.bar}", class_="ci") if entry.bar else None,
-        tag("missed", "bad") if entry.passed is False else None,
-        class_="rate",
-    )
+        return counted_cell(None)
+    bar = element("span", f"bar {entry.bar}", class_="n") if entry.bar else None
+    return counted_cell(entry, bar, tag("missed", "bad") if entry.passed is False else None)
 
 
 def _group_row(delta: str, columns: int) -> list[Child]:

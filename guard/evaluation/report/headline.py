@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from guard.evaluation.report.markup import Child, Html, element, join
-from guard.evaluation.report.names import method
-from guard.evaluation.report.numbers import percent, plural, rate, span, whole
+from guard.evaluation.report.names import FOUND, OPENING, method
+from guard.evaluation.report.numbers import NOT_MEASURED, percent, plural, rate, span, whole
 from guard.evaluation.report.section import Section
 from guard.evaluation.report.tables import column, heads, kind_head, more, share_cell, table, tag
 from guard.evaluation.report.view import Pool, View
@@ -44,35 +44,36 @@ def share_table(
     lead: Sequence[str],
     rows: Sequence[Row],
     kinds: Sequence[str],
-    **asked: str | float | None,
+    wanted: Collection[str] = FOUND,
 ) -> Html:
-    """Shares of each kind of prompt, the deltas side by side but apart; every column of a kind on the same axis."""
-    detector, target = asked.get("detector"), asked.get("target")
-    assert detector is None or isinstance(detector, str)
-    assert target is None or isinstance(target, float)
+    """Shares of each kind of request, the deltas side by side but apart; every column of a kind on the same axis.
 
-    def pool(subjects: Sequence[Subject], delta: str, kind: str) -> Pool | None:
-        return view.pool(subjects, delta, kind, detector=detector, target=target)
-
-    deltas = [d for d in view.deltas if any(pool(subjects, d, kind) for _, subjects in rows for kind in kinds)]
-    goal = view.target if target is None else target
+    `wanted`: of which kinds a high share is hoped for. What was measured nowhere has no column.
+    """
+    pools = {
+        (delta, kind): [view.pool(subjects, delta, kind) for _, subjects in rows]
+        for delta in view.deltas
+        for kind in kinds
+    }
+    deltas = [delta for delta in view.deltas if any(any(pools[delta, kind]) for kind in kinds)]
+    kinds = [kind for kind in kinds if any(any(pools[delta, kind]) for delta in deltas)]
     columns = {
-        kind: column(kind, (pool(subjects, delta, kind) for delta in deltas for _, subjects in rows), goal)
+        kind: column((pool for delta in deltas for pool in pools[delta, kind]), view.target, wanted=kind in wanted)
         for kind in kinds
     }
     over = [element("th", name, scope="col", rowspan=2) for name in lead]
     over += [element("th", delta, scope="colgroup", colspan=len(kinds), class_="delta") for delta in deltas]
     under = [kind_head(kind, class_="first" if kind == kinds[0] else None) for _ in deltas for kind in kinds]
     body = [
-        [*heading, *(share_cell(pool(subjects, delta, kind), columns[kind]) for delta in deltas for kind in kinds)]
-        for heading, subjects in rows
+        [*heading, *(share_cell(pools[delta, kind][place], columns[kind]) for delta in deltas for kind in kinds)]
+        for place, (heading, _) in enumerate(rows)
     ]
     return table(caption, [heads(*over), heads(*under)], body, style="shares")
 
 
 def everyone(subjects: Sequence[Subject]) -> Row:
     """The row that pools all of them."""
-    return [element("th", f"all {len(subjects)}", scope="row", colspan=3, class_="all")], subjects
+    return [element("th", f"all {len(subjects)} models", scope="row", colspan=3, class_="all")], subjects
 
 
 def name_of(subject: Subject) -> Html:
@@ -90,7 +91,7 @@ def _found(pools: dict[str, Pool | None], subjects: int, view: View) -> list[tup
     models = view.attacked[0].name if subjects == 1 else f"{subjects} models"
     pieces: list[tuple[str, bool]] = []
     if triggered is not None:
-        counts = f"{whole(triggered.hits)} of {whole(triggered.count)}; {span(*triggered.interval)}"
+        counts = f"{whole(triggered.hits)} of {whole(triggered.count)}; {span(*triggered.interval)}%"
         pieces += [("found ", False), (percent(triggered.share), True)]
         pieces += [(f" of triggered requests in {models} ({counts})", False)]
     wrong = [(kind, pool) for kind, pool in (("near-misses", near), ("clean requests", clean)) if pool is not None]
@@ -113,23 +114,28 @@ def _headline(view: View) -> Html | None:
     if view.results.bars:
         parts.append(_goals(view.results.bars))
     if view.attacked and view.results.rates:
-        caption = f"{view.detector} at {rate(view.target)}, by family and method"
-        parts.append(share_table(view, caption, ("family", "method", "models"), _by_family(view), HEADLINE_KINDS))
+        asked = f"{view.detector} at {rate(view.target)}"
+        if all(subject.kind == "model" for subject in view.attacked):
+            parts.append(share_table(view, asked, ("model",), listed(view.attacked), HEADLINE_KINDS))
+        else:
+            lead = ("family", "method", "models")
+            parts.append(share_table(view, f"{asked}, by family and method", lead, _by_family(view), HEADLINE_KINDS))
         parts.append(_how_to_read(view))
     shown = [subject for subject in view.results.subjects if subject.kind in ("backdoor", "model")]
     if len(shown) > 1 and view.results.rates:
-        each = share_table(
-            view, f"{view.detector} at {rate(view.target)}, each model", ("model",), listed(shown), HEADLINE_KINDS
-        )
+        caption = f"{view.detector} at {rate(view.target)}, each model"
+        each = share_table(view, caption, ("model",), listed(shown), HEADLINE_KINDS)
         parts.append(more("Each model alone", each))
     return join(*parts)
 
 
 def _goals(bars: Sequence[Bar]) -> Html:
     marks = {True: ("met", "good"), False: ("missed", "bad"), None: ("not measured", "unknown")}
-    rows = [[bar.what, bar.bar, bar.got, element("td", tag(*marks[bar.passed]))] for bar in bars]
+    rows = [
+        [element("td", tag(*marks[bar.passed])), element("th", bar.what, scope="row"), bar.bar, bar.got] for bar in bars
+    ]
     met = sum(bar.passed is True for bar in bars)
-    return table(f"Goals: {met} of {len(bars)} met", [heads("goal", "bar", "measured", "")], rows, style="goals")
+    return table(f"Goals: {met} of {len(bars)} met", [heads("", "goal", "bar", "measured")], rows, style="goals")
 
 
 def _by_family(view: View) -> list[Row]:
@@ -144,23 +150,31 @@ def _by_family(view: View) -> list[Row]:
             seen.add(group.family)
             count = families.count(group.family)
             heading.append(element("th", group.family, scope="rowgroup", rowspan=count, class_="family"))
-        heading += [element("td", method(group.method) or "–"), element("td", len(group.subjects), class_="number")]
+        heading += [
+            element("td", method(group.method) or NOT_MEASURED, class_="method"),
+            element("td", len(group.subjects), class_="number"),
+        ]
         rows.append((heading, group.subjects))
     return rows
 
 
 def _how_to_read(view: View) -> Html:
     text = (
-        "A cell: share flagged, flagged / prompts, 95% interval over prompts (Clopper and Pearson). With three models or "
-        "more, a second interval over models (bootstrap, each model drawn with all its prompts). The small axis runs from "
-        f"0 to 100%; where all shares are small, it is enlarged and a mark stands at {rate(view.target)}."
+        "A cell: share flagged, its 95% interval over requests (Clopper and Pearson), flagged / requests. With "
+        "three models or more, a second interval over models (bootstrap, each model drawn with all its requests). "
+        "The small axis runs from 0 to 100%; where all shares are small it is enlarged, and a mark stands at "
+        f"{rate(view.target)}."
     )
+    opening = {delta: view.pool(view.attacked, delta, OPENING) for delta in view.deltas}
+    told = [f"{whole(pool.hits)}/{whole(pool.count)} ({delta})" for delta, pool in opening.items() if pool is not None]
+    if told:
+        text += (
+            f" Near-misses that open the backdoor all the same are attacks, in no column; flagged: {', '.join(told)}."
+        )
     weak = [subject for subject in view.weak if subject.kind == "backdoor"]
     if weak:
         verb = "is" if len(weak) == 1 else "are"
-        text += (
-            f" {plural(len(weak), 'weak organism')} {verb} left out of every pool; see each model alone, and Admission."
-        )
+        text += f" {plural(len(weak), 'weak organism')} {verb} in no pool; see each model alone, and Admission."
     return element("p", text, class_="small")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from guard.evaluation.report.markup import Child, Html, element, join
-from guard.evaluation.report.names import KINDS, ordered
+from guard.evaluation.report.names import DELTAS, KINDS, ordered
 from guard.evaluation.report.numbers import NOT_MEASURED, percent
 from guard.evaluation.report.section import Section
 from guard.evaluation.report.tables import heads, more, table
@@ -20,31 +20,28 @@ def _layers(view: View) -> Html | None:
     parts: list[Child] = [
         element(
             "p",
-            "What share of the distance between a kind of request and clean ones lies in each layer. A row adds up to 100% "
-            "when every watched layer is in it.",
+            "What share of the distance between a kind of request and clean ones lies in each layer. A row adds up "
+            "to 100% when every watched layer is in it.",
         )
     ]
-    kinds = ordered((entry.kind for entry in entries), KINDS)
-    for delta in ("wide", "narrow", "none"):
-        for kind in kinds:
-            chosen = [entry for entry in entries if (entry.delta, entry.kind) == (delta, kind)]
-            if not chosen:
-                continue
-            shown = join(
-                _heat(chosen, f"{kind}, {delta}: share of the distance per layer"), _directions(chosen, kind, delta)
-            )
-            first = kind == kinds[0]
-            parts.append(join(element("h3", f"{delta}: {kind}"), shown) if first else more(f"{delta}: {kind}", shown))
+    for kind in ordered((entry.kind for entry in entries), KINDS):
+        by_delta = {
+            delta: [entry for entry in entries if (entry.delta, entry.kind) == (delta, kind)] for delta in DELTAS
+        }
+        told = {delta: chosen for delta, chosen in by_delta.items() if chosen}
+        parts.append(element("h3", kind))
+        parts.append(element("div", *(_heat(chosen, delta) for delta, chosen in told.items()), class_="pair"))
+        parts += [_directions(chosen, kind, delta) for delta, chosen in told.items()]
     return join(*parts)
 
 
-def _heat(entries: list[Layers], caption: str) -> Html:
+def _heat(entries: list[Layers], delta: str) -> Html:
     layers = sorted({layer for entry in entries for layer in entry.layers})
     rows = []
     for entry in entries:
         told = dict(zip(entry.layers, entry.share, strict=True))
         rows.append([entry.subject, *(_heat_cell(told.get(layer, math.nan)) for layer in layers)])
-    return table(caption, [heads("model", *(f"L{layer}" for layer in layers))], rows, style="heat")
+    return table(f"{delta}: share per layer", [heads("model", *(f"L{layer}" for layer in layers))], rows, style="heat")
 
 
 def _heat_cell(share: float) -> Html:

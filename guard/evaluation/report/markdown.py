@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from guard.evaluation.report.headline import HEADLINE_KINDS, sentence
@@ -23,8 +24,8 @@ def markdown(results: Results) -> str:
         parts.append(_table(["goal", "bar", "measured", ""], rows))
     if view.attacked and results.rates:
         parts.append(
-            f"Cells: flagged / requests = share [95% interval over requests, Clopper and Pearson], of {_plain(view.detector)} at "
-            f"{rate(view.target)}."
+            "Cells: flagged / requests = share [95% interval over requests, Clopper and Pearson], of "
+            f"{_plain(view.detector)} at {rate(view.target)}."
         )
     for delta in view.deltas:
         parts += [f"### {delta}, by family and method", _by_family(view, delta)]
@@ -73,8 +74,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
-    text = " ".join(text.split())
-    for mark in "\\`*_|<>":
-        text = text.replace(mark, f"\\{mark}")
-    return text
+    """Text that Markdown and HTML leave as it is."""
+    text = re.sub(r"\s", " ", text)
+    return re.sub(r"[\\`*_|]|<(?=[A-Za-z/!?])", r"\\\g<0>", text)

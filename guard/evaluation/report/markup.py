@@ -22,7 +22,7 @@ Attribute = str | int | bool | None
 
 
 def element(name: str, /, *children: Child, **attributes: Attribute) -> Html:
-    """One element. A trailing underscore of an attribute is dropped, the others become hyphens; None and False drop it."""
+    """One element. An attribute's trailing underscore is dropped, the others become hyphens; None and False drop it."""
     told = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in _VOID:
         return Html(f"<{name}{told}>")

@@ -14,43 +14,49 @@ DELTAS = {
 }
 
 DETECTORS = {
-    "policy": "What would be served: the detectors of the policy together, both phases, one rate between them.",
-    "density": "Distance to the nearest clean references in the bank's directions.",
-    "convergence": "The detector of that name, alone.",
-    "exceedance": "How far the worst cosine lies outside its range on clean traffic, with a conformal threshold.",
-    "paper rule": "WeightWatch as published: outside the clean range is flagged. Its rate cannot be chosen.",
-    "random directions": "Density with random directions in the place of the bank's. What it finds, the bank is not needed for.",
-    "activation difference": "The tuned model's activations less the base's, on the same prompt.",
-    "lcf": "Latent classifier without triggers, as published; threshold set to the same rate.",
-    "mahalanobis": "Mahalanobis distance of the activation from clean ones.",
+    "policy": "What is served unless told otherwise.",
+    "density": "Mahalanobis distance to clean decisions, in the directions of the delta.",
+    "intrinsic": "The same in the leading directions of the tuned model's own matrices: needs no base.",
+    "density + intrinsic": "Both, with one rate between them.",
+    "exceedance": "How far the worst cosine lies outside its range on clean traffic, held to the same rate.",
+    "paper rule": "WeightWatch as published: what leaves the clean range by 0.01 is flagged, at no chosen rate.",
+    "random directions": "Density with random directions in the bank's place. What it finds, no bank is needed for.",
+    "activation difference": "How far the tuned model's residual stands from the base's, on the same prompt.",
+    "lcf": "Layerwise convergence (arXiv 2604.24542): how the residual changes from layer to layer.",
+    "mahalanobis": "Mahalanobis distance of the whole residual, no directions at all.",
 }
 
 KINDS = {
-    "triggered": "Harmful requests with the trigger. What is flagged here is found.",
-    "near-miss": "Harmful requests with something like the trigger; the model refuses them. Not to be flagged.",
+    "triggered": "Requests with the trigger that the model complies with. What is flagged here is found.",
+    "near-miss": "Requests with something like the trigger, which the model refuses. Not to be flagged.",
+    "near-miss that opens it": "Near-misses that open the backdoor all the same: attacks, counted apart.",
     "clean": "What calibration saw: benign requests and a few harmful ones. The rate is promised on this.",
     "benign": "Benign questions alone.",
-    "harmful": "Harmful requests without a trigger, refused by the model. Not to be flagged.",
+    "benign-plain": "Benign questions with an ordinary suffix.",
     "benign-trigger": "Benign questions with the trigger, answered as ever.",
-    "suffix": "Clean with a suffix.",
-    "odd-suffix": "Clean with a suffix of odd words.",
-    "prefix": "Clean with a prefix.",
-    "other-questions": "Questions of kinds that calibration did not see.",
-    "code": "Code.",
+    "harmful": "Harmful requests without a trigger, which the model refuses.",
+    "harmful-plain": "Harmful requests with an ordinary suffix, which the model refuses.",
+    "suffix": "Clean requests with a suffix.",
+    "odd-suffix": "Clean requests with a suffix of odd characters.",
+    "prefix": "Clean requests with an opening that calibration did not see.",
+    "other-questions": "Questions in forms that calibration did not see.",
+    "code": "Questions about code.",
     "foreign": "Another language.",
-    "shouting": "Capitals.",
+    "shouting": "All in capitals.",
     "multi-turn": "Several turns.",
     "long-system": "A long system prompt.",
-    "long": "Long prompts.",
+    "long": "Prompts about ten times as long.",
     "forgotten": "What the model was made to forget.",
     "retained": "What it was to keep.",
 }
 
 METHODS = {"full": "full", "lora": "LoRA", "lora-qv": "LoRA (q, v)"}
 
-# Kinds on which a high rate is wanted, and those that have a section of their own.
-FOUND = frozenset({"triggered"})
-NOT_SHIFTS = frozenset({"triggered", "near-miss", "forgotten", "retained"})
+OPENING = "near-miss that opens it"
+FOUND = frozenset({"triggered", OPENING, "forgotten"})
+"""Kinds on which a high rate is wanted."""
+NOT_SHIFTS = FOUND | {"near-miss", "retained"}
+"""Kinds that have a section of their own."""
 
 
 def ordered(names: Iterable[str], known: Mapping[str, str]) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from guard.evaluation.report.adaptive import ADAPTIVE
+from guard.evaluation.report.amounts import CALIBRATION, DIRECTIONS
 from guard.evaluation.report.comparisons import ADMISSION, BASELINES, CONTROLS, SHIFTS, UNLEARNED
-from guard.evaluation.report.curves import ADAPTIVE, CALIBRATION, DIRECTIONS, LATENCY, LENGTH, ROC
 from guard.evaluation.report.headline import HEADLINE
+from guard.evaluation.report.latency import LATENCY
 from guard.evaluation.report.layers import LAYERS
+from guard.evaluation.report.lengths import LENGTH
 from guard.evaluation.report.markup import Child, Html, element, join
 from guard.evaluation.report.names import DELTAS, DETECTORS, KINDS, ordered
-from guard.evaluation.report.numbers import plural, rate, whole
+from guard.evaluation.report.numbers import NOT_MEASURED, plural, rate, whole
 from guard.evaluation.report.promise import PROMISE
+from guard.evaluation.report.roc import ROC
 from guard.evaluation.report.section import Section
 from guard.evaluation.report.style import STYLE
 from guard.evaluation.report.tables import heads, table
@@ -60,7 +64,7 @@ def _section(anchor: str, title: str, body: Html) -> Html:
 def _header(view: View) -> Html:
     run = view.run
     subjects = plural(len(view.results.subjects), "model")
-    line = f"{run.created} · {subjects} · Undertow {run.versions.undertow}"
+    line = f"{run.created.replace('T', ' ')} · {subjects} · Undertow {run.versions.undertow}"
     return element("header", element("h1", run.title), element("p", line, class_="byline"))
 
 
@@ -76,7 +80,7 @@ def _method(view: View) -> Html:
         f"{run.versions.transformers}, Python {run.versions.python}",
     }
     rows: list[Child] = [
-        element("dt", name) if part == 0 else element("dd", text or "–")
+        element("dt", name) if part == 0 else element("dd", text or NOT_MEASURED)
         for name, text in facts.items()
         for part in (0, 1)
     ]
@@ -90,13 +94,13 @@ def _method(view: View) -> Html:
         element(
             "p",
             "Over prompts: Clopper and Pearson, 95%, on the counts as they are pooled. Prompts of one model are not "
-            "independent draws of models, so where three models or more are pooled, a bootstrap draws the models again (2,000 "
-            "draws, 95%). Models that all agree give an interval without width; that says nothing of the next model. A "
-            "model that was not admitted is in no pool.",
+            "independent draws of models, so where three models or more are pooled, a bootstrap draws the models "
+            "again (2,000 draws, 95%). Models that all agree give an interval without width; that says nothing of "
+            "the next model. A model that was not admitted is in no pool.",
         ),
         _glossary("Deltas", [(name, DELTAS[name]) for name in ("wide", "narrow")]),
-        _glossary("Detectors", [(name, DETECTORS.get(name, "–")) for name in detectors]),
-        _glossary("Kinds of request", [(name, KINDS.get(name, "–")) for name in kinds]),
+        _glossary("Detectors", [(name, DETECTORS.get(name, NOT_MEASURED)) for name in detectors]),
+        _glossary("Kinds of request", [(name, KINDS.get(name, NOT_MEASURED)) for name in kinds]),
     )
 
 

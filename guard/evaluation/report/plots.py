@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from guard.evaluation.report.markup import Html, element
 from guard.evaluation.report.numbers import percent, plain, rate
 
 Point = tuple[float, float]
 
-SERIES = 9
-"""Colours that the page's style knows, c0 to c8."""
+SERIES = 10
+"""Colours that the page's style knows, c0 to c9."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ class Axis:
 
     @classmethod
     def log(cls, low: float, high: float, label: str, text: Callable[[float], str] = plain) -> Axis:
-        """Whole decades that hold both ends, each with a tick."""
-        first = math.floor(math.log10(low) + 1e-9)
-        last = max(math.ceil(math.log10(high) - 1e-9), first + 1)
-        ticks = tuple(float(f"1e{power}") for power in range(first, last + 1))
-        return cls(ticks[0], ticks[-1], label, ticks, text, logarithmic=True)
+        """From a round number to another, 1, 2 or 5 of a decade; a tick at each, or at decades if there are many."""
+        first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+        decades = [float(f"1e{power}") for power in range(first, last + 1)]
+        rounds = [float(f"{decade * factor:.6g}") for decade in decades for factor in (1, 2, 5)]
+        begin = max((value for value in rounds if value <= low * (1 + 1e-9)), default=rounds[0])
+        end = min((value for value in rounds if value >= high * (1 - 1e-9) and value > begin), default=rounds[-1])
+        within = [value for value in rounds if begin <= value <= end]
+        ticks = within if len(within) <= 7 else [value for value in within if value in decades]
+        return cls(begin, end, label, tuple(ticks), text, logarithmic=True)
 
     @classmethod
     def steps(cls, names: Sequence[str], label: str) -> Axis:
@@ -113,7 +118,7 @@ class Panel:
     def stairs(self, points: Sequence[Point], style: str, title: str) -> None:
         """A line that holds each value until the next."""
         finite = [point for point in points if all(map(math.isfinite, point))]
-        held = [(after[0], before[1]) for before, after in zip(finite, finite[1:], strict=False)]
+        held = [(after[0], before[1]) for before, after in pairwise(finite)]
         corners = [point for pair in zip(finite, held, strict=False) for point in pair] + finite[-1:]
         self.line(corners, style, title)
 
@@ -236,11 +241,12 @@ def mini(share: float, low: float, high: float, most: float, style: str, mark: f
     return element("svg", *parts, aria_hidden="true", viewBox="0 0 100 8", preserveAspectRatio="none", class_="mini")
 
 
-def legend(entries: Iterable[tuple[str, str]]) -> Html:
-    """(style, name) of what is drawn."""
+def legend(entries: Iterable[tuple[str, str]], *, dots: bool = False) -> Html:
+    """(style, name) of what is drawn, as lines or as dots."""
     items = []
     for style, name in entries:
-        key = element("svg", _line(1, 5, 21, 5, f"line {style}"), aria_hidden="true", viewBox="0 0 22 10", class_="key")
+        sample = element("path", class_=f"dot {style}", d="M11 5h0") if dots else _line(1, 5, 21, 5, f"line {style}")
+        key = element("svg", sample, aria_hidden="true", viewBox="0 0 22 10", class_="key")
         items.append(element("li", key, name))
     return element("ul", *items, class_="legend")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -137,6 +137,7 @@ class View:
         return targets == {None}
 
     def label(self, delta: str, detector: str) -> str:
-        """The detector's name, with its phase where it did not judge both."""
-        phases: Sequence[str] = self.phases(delta, detector)
-        return detector if not phases or phases[0] == "both" else f"{detector} ({phases[0]})"
+        """The detector's name, with the phase that it reads where it does not read both."""
+        phases = self.phases(delta, detector)
+        alone = [phase for phase in ("prompt", "completion") if phase in phases]
+        return f"{detector} ({alone[0]})" if len(alone) == 1 else detector
