@@ -32,11 +32,11 @@ class Growth:
     def fit(cls, scores: Sequence[float], tokens: int) -> Growth:
         """`scores`: one per held-out request, -inf where there is none; `tokens`: the most that one had."""
         finite = np.sort(np.asarray([score for score in scores if np.isfinite(score)], dtype=np.float64))
-        if len(finite) < 2:
+        if not len(finite):
             return cls(max(1, tokens), 0.0)
         start = finite[int(len(finite) * (1 - TAIL_SHARE))]
-        tail = finite[finite >= start] - start
-        return cls(max(1, tokens), float(tail.mean()))
+        tail = finite[finite > start] - start
+        return cls(max(1, tokens), float(tail.mean()) if len(tail) else 0.0)
 
     def allowance(self, places: torch.Tensor) -> torch.Tensor:
         """What to take off the scores of tokens at these places of their phase, from 0: float32 [T] for int64 [T]."""

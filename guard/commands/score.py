@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,14 +129,23 @@ def _line(index: int, answer: Answer, detectors: list[str]) -> dict[str, Any]:
         line |= {"verdict": "unscorable", "reason": record.unscorable}
     elif record.action == "flag":
         line["verdict"] = "flagged"
-    scores = [score.model_dump(mode="json") for score in record.scores]
+    scores: list[dict[str, Any]] = [score.model_dump(mode="json") for score in record.scores]
+    for score in scores:
+        # JSON has no infinity: where too few held-out requests have such a score, nothing can exceed its threshold.
+        score["threshold"] = score["threshold"] if math.isfinite(score["threshold"]) else None
     judging = [score for score in scores if score["detector"] in detectors]
     if judging:
         # Of two that are as rare, the one that is further above its threshold.
-        line |= min(judging, key=lambda score: (score["p_value"], score["threshold"] - score["score"]))
+        rarest: dict[str, Any] = min(judging, key=_unusual)
+        line |= rarest
     return line | {
         "scores": scores,
         "prompt_tokens": len(answer.prompt_token_ids),
         "completion_tokens": len(answer.token_ids),
         "completion": answer.text,
     }
+
+
+def _unusual(score: dict[str, Any]) -> tuple[float, float]:
+    threshold: float = math.inf if score["threshold"] is None else score["threshold"]
+    return score["p_value"], threshold - score["score"]

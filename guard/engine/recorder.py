@@ -72,7 +72,7 @@ class Recorder:
             self._high[place, role] = torch.maximum(self._high[place, role], part.amax(dim=0))
 
     def _look_for_sinks(self, lengths: torch.Tensor, first_position: int) -> None:
-        # A chunk that holds the head and as much again says what is usual; a decode row does not.
+        # A chunk of the prompt's beginning, long enough to say what is usual; a decode row is not.
         if first_position or len(lengths) < HEAD // 2:
             return
         head = lengths[:HEAD]

@@ -39,6 +39,8 @@ def _features(config: VllmConfig) -> Iterator[str]:
         yield "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
     if config.model_config.runner_type != "generate":
         yield f"runner type `{config.model_config.runner_type}`: only `generate` is scored"
+    if config.model_config.enable_prompt_embeds:
+        yield "prompt embeddings (no tokens to tell roles by): remove --enable-prompt-embeds"
     if cache.enable_prefix_caching:
         yield "prefix caching (cached tokens are not computed again): add --no-enable-prefix-caching"
     if cache.kv_sharing_fast_prefill:

@@ -90,6 +90,7 @@ def test_a_served_engine_that_is_refused_says_so_to_whoever_started_it(
         ("parallel_config", "pipeline_parallel_size", 2, "pipeline parallel"),
         ("parallel_config", "data_parallel_size", 2, "data parallel"),
         ("cache_config", "kv_sharing_fast_prefill", True, "fast prefill"),
+        ("model_config", "enable_prompt_embeds", True, "prompt embeddings"),
     ],
 )
 def test_what_this_machine_cannot_switch_on_is_refused_by_name_too(
