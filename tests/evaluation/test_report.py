@@ -307,6 +307,17 @@ def test_the_rank_correlation_is_spearmans() -> None:
     assert math.isnan(rank_correlation([(1, 1.0), (2, 1.0), (3, 1.0)]))
 
 
+def test_random_directions_that_find_as_much_are_named(page: Page) -> None:
+    base = minimal_results()
+    rates = [
+        replace(base.rates[0], detector=detector, kind="triggered", flagged=flagged, count=100)
+        for detector, flagged in (("policy", 97), ("random directions", 96))
+    ]
+    told = Page(render(replace(base, rates=(*base.rates, *rates)))).text
+    assert "Random directions find as much as policy at 1%: 96.0% against 97.0% (wide)." in told
+    assert "Random directions find as much" not in page.text
+
+
 def test_a_phase_read_alone_is_named() -> None:
     base = minimal_results()
     rates = [

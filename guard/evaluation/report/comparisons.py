@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from guard.evaluation.report.headline import Row, listed, share_table
 from guard.evaluation.report.markup import Child, Html, element, join
 from guard.evaluation.report.names import DELTAS, DETECTORS, FOUND, KINDS, NOT_SHIFTS
-from guard.evaluation.report.numbers import rate
+from guard.evaluation.report.numbers import percent, rate
 from guard.evaluation.report.section import Section
 from guard.evaluation.report.tables import (
     FOUND_COLUMN,
@@ -24,6 +24,7 @@ from guard.evaluation.report.view import Pool, View
 from guard.evaluation.results import Admission, Subject
 
 PAPER_RULE = "paper rule"
+RANDOM = "random directions"
 
 
 def _baselines(view: View) -> Html | None:
@@ -78,7 +79,25 @@ def _baselines(view: View) -> Html | None:
     compared = table(
         "Detectors at equal false-positive rate, all admitted models pooled", [over, under], rows, style="shares"
     )
-    return join(element("p", text), compared, _phases(view, judged))
+    return join(element("p", text), _without_the_bank(view), compared, _phases(view, judged))
+
+
+def _without_the_bank(view: View) -> Html | None:
+    """Where random directions find as much as the bank's, the report has to say so itself."""
+    told = []
+    for delta in view.deltas:
+        served = view.pool(view.attacked, delta, "triggered")
+        random = view.pool(view.attacked, delta, "triggered", detector=RANDOM)
+        if served is not None and random is not None and random.interval[1] >= served.share:
+            told.append(f"{percent(random.share)} against {percent(served.share)} ({delta})")
+    if not told:
+        return None
+    return element(
+        "p",
+        f"Random directions find as much as {view.detector} at {rate(view.target)}: {', '.join(told)}. "
+        "What is found in these models does not show that the bank's directions are needed.",
+        class_="notes",
+    )
 
 
 def _measured(view: View, judged: Sequence[tuple[str, str]]) -> list[float]:

@@ -53,6 +53,7 @@ p { max-width: 46rem; margin: 0 0 1rem; text-wrap: pretty; }
 .group .about { display: inline; margin-left: .5rem; max-width: none; }
 .notes { max-width: 46rem; margin: 0 0 1.6rem; padding: .9rem 1.1rem .9rem 2.1rem; background: var(--panel);
   border-left: 3px solid var(--unknown); font-size: .92rem; }
+p.notes { padding-left: 1.1rem; margin-bottom: 1.2rem; }
 .notes li + li { margin-top: .3rem; }
 
 .wide { overflow-x: auto; margin: 0 0 1.1rem; max-width: 100%; }
@@ -72,6 +73,7 @@ th.group { padding: 1.1rem 0 .3rem; border-bottom: 1px solid var(--line); font-w
 th.first { border-left: 1px solid var(--line); }
 .number, thead th.number { text-align: right; white-space: nowrap; }
 td.rate { min-width: 6.6rem; padding: .4rem .5rem; white-space: nowrap; line-height: 1.35; }
+thead tr > th { padding-left: .5rem; padding-right: .5rem; }
 td.method { white-space: nowrap; }
 .shares td.rate { border-left: 1px solid var(--hair); }
 td.found { background: color-mix(in srgb, var(--found) calc(var(--a) * 100%), transparent); }
@@ -170,6 +172,7 @@ dt { color: var(--quiet); } dd { margin: 0; max-width: 44rem; }
 }
 @media print {
   @page { margin: 14mm; size: A4 landscape; }
+  :root { --paper: #fff; }
   body { font-size: 9.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   nav, .skip, summary { display: none; }
   .page { display: block; } main { padding: 0; }
