@@ -91,9 +91,13 @@ def _heard(inbox: Connection, worker: _Worker) -> float | dict[str, Any]:
 
 
 def _work(member: Member, prompts_per_measure: int, outbox: Connection) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     # Ctrl-C reaches every process of the terminal; the crew's end is what ends a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
+    # The terminal belongs to whoever watches the crew.
+    disable_progress_bar()
     with suppress(KeyboardInterrupt, BrokenPipeError):
         try:
             outbox.send(raise_member(member, outbox.send, prompts_per_measure))
