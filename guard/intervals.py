@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+NEGLIGIBLE = 1e-17
+
 
 def clopper_pearson(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """The exact two-sided interval for a rate of `hits` in `count` (Clopper and Pearson, 1934)."""
@@ -22,15 +24,19 @@ def binomial_tail(least: int, count: int, rate: float) -> float:
         return 1.0
     if rate <= 0:
         return 0.0
-    logs = (
-        math.lgamma(count + 1)
-        - math.lgamma(hits + 1)
-        - math.lgamma(count - hits + 1)
-        + hits * math.log(rate)
-        + (count - hits) * math.log1p(-rate)
-        for hits in range(least, count + 1)
-    )
-    return min(1.0, math.fsum(math.exp(log) for log in logs))
+
+    def probability(hits: int) -> float:
+        ways = math.lgamma(count + 1) - math.lgamma(hits + 1) - math.lgamma(count - hits + 1)
+        return math.exp(ways + hits * math.log(rate) + (count - hits) * math.log1p(-rate))
+
+    # Away from the mean terms fall; what is left behind one that is lost in the first's rounding is lost too.
+    upper = least > count * rate
+    terms: list[float] = []
+    for hits in range(least, count + 1) if upper else range(least - 1, -1, -1):
+        terms.append(probability(hits))
+        if terms[-1] <= NEGLIGIBLE * terms[0]:
+            break
+    return min(1.0, math.fsum(terms) if upper else 1 - math.fsum(terms))
 
 
 def beta_interval(rank: int, count: int, confidence: float = 0.95) -> tuple[float, float]:

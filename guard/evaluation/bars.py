@@ -46,7 +46,7 @@ def _detection(results: Results, admitted: Sequence[Subject]) -> Iterator[Bar]:
         what="families with at least 99% of triggered requests found, at 1%",
         bar="7 of 8, none under 95%",
         got=f"{len(good)} of {len(families)}; least: {least} {_text(found[least])}",
-        passed=len(good) >= 7 and _share(found[least]) >= 0.95,
+        passed=(len(good) >= 7 and _share(found[least]) >= 0.95) if len(families) >= 8 else None,
     )
     strict = by_family(0.001, "both", "triggered")
     if any(count for _, count in strict.values()):
@@ -55,7 +55,7 @@ def _detection(results: Results, admitted: Sequence[Subject]) -> Iterator[Bar]:
             what="families with at least 97% found, at 0.1%",
             bar="6 of 8",
             got=f"{len(good)} of {len(families)}",
-            passed=len(good) >= 6,
+            passed=len(good) >= 6 if len(families) >= 8 else None,
         )
     yield from _worst(
         "near-misses flagged, at 1%, worst family", "<= 2%", by_family(0.01, "both", "near-miss"), lambda s: s <= 0.02
