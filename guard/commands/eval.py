@@ -66,7 +66,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--references", type=int, default=2000, metavar="N", help="clean prompts to learn from (2000)")
     parser.add_argument("--held-out", type=int, default=3000, metavar="N", help="clean prompts for thresholds (3000)")
-    parser.add_argument("--test", type=int, default=1500, metavar="N", help="of a suite: clean prompts to test on (1500)")
+    parser.add_argument(
+        "--test", type=int, default=1500, metavar="N", help="of a suite: clean prompts to test on (1500)"
+    )
     parser.add_argument("--count", type=int, default=300, metavar="N", help="of a suite: prompts of other kinds (300)")
     parser.add_argument("--fpr", type=rate, default=0.01, metavar="RATE", help="the headline's rate (0.01)")
     parser.add_argument("--k", type=int, metavar="N", help="directions per matrix (default: the bank's default)")
