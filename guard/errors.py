@@ -7,7 +7,8 @@
     │   │   └── UnsupportedModelError
     │   ├── BankError               a bank file, or a bank for another model
     │   ├── CalibrationError        a calibration file, or data that cannot support what was asked
-    │   └── PromptsError            a file of prompts
+    │   ├── PromptsError            a file of prompts
+    │   └── ResultsError            a file of an evaluation's results
     ├── OrganismError               a trained organism missed its admission bar
     └── EngineError                 the guard inside vLLM cannot do its work
         ├── UnsupportedEngineError  a vLLM version or feature that cannot be scored yet
@@ -50,6 +51,10 @@ class CalibrationError(InputError):
 
 class PromptsError(InputError):
     """A file of prompts cannot be used."""
+
+
+class ResultsError(InputError):
+    """A file of an evaluation's results cannot be read."""
 
 
 class OrganismError(UndertowError):

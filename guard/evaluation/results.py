@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from guard.errors import InputError
+from guard.errors import ResultsError
 from guard.intervals import clopper_pearson
 
 RESULTS_VERSION: Literal[1] = 1
@@ -64,10 +64,6 @@ Measured = Annotated[
 ]
 """A number that may be missing: NaN here, `null` in JSON."""
 Derived = Annotated[float, PlainSerializer(_rounded, return_type=float | None)]
-
-
-class ResultsError(InputError):
-    """A file of results cannot be read."""
 
 
 @cache
