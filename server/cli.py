@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -57,12 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with termination_as_interrupt():
             code: int = arguments.run(arguments)
+            sys.stdout.flush()
     except InputError as error:
         print(f"undertow: {error}", file=sys.stderr)
         return 2
     except UndertowError as error:
         print(f"undertow: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read our output has enough, as `head` does. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("undertow: interrupted", file=sys.stderr)
         return 130
