@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from guard.bank import Bank, is_own
 from guard.evaluation.measuring import PAPER, Cut, Evaluation
@@ -26,7 +27,8 @@ def calibration_curve(evaluation: Evaluation, rules: Sequence[Rule]) -> list[Cal
     sizes = [size for size in SIZES if size < pool]
     curves = []
     for rule in rules:
-        rows = [_mean_rates(evaluation, rule, size // 2, size // 2) for size in sizes]
+        bar = tqdm(sizes, desc=f"{evaluation.subject}: {rule.name} by calibration size", unit="size")
+        rows = [_mean_rates(evaluation, rule, size // 2, size // 2) for size in bar]
         curves.append(
             CalibrationCurve(
                 subject=evaluation.subject,
@@ -76,7 +78,7 @@ def directions_curve(evaluation: Evaluation, bank: Bank, references: int, held_o
     counts = [count for count in COUNTS if count <= bank.k]
     rows, needed = [], []
     rule = density("density", "density", evaluation.delta)
-    for count in counts:
+    for count in tqdm(counts, desc=f"{evaluation.subject}: density by directions", unit="count"):
         narrowed = _narrowed(evaluation, bank, count)
         rows.append(_mean_rates(narrowed, rule, references, held_out))
         best = rows[-1][0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from guard.conformal import JointRanks
 from guard.errors import CalibrationError
@@ -316,7 +317,7 @@ def splits(
     """
     rates: dict[float, list[float]] = {target: [] for target in targets}
     test = len(clean) - sum(sizes)
-    for seed in seeds:
+    for seed in tqdm(seeds, desc=f"{subject}: calibration splits", unit="split"):
         cut = Cut.of(len(clean), *sizes, seed)
         evaluation = Evaluation(subject, delta, {"clean": clean}, cut, targets, targets[0])
         together = list(evaluation.score(rules).values())
