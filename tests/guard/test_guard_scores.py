@@ -222,7 +222,8 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
     for index, phase in enumerate(phases.tolist()):
         mean, covariance = moments[phase]
         value, slot, worst = naive_density(rows[index], mean, covariance, chosen, slots)
-        assert float(found.values[index]) == pytest.approx(value, rel=1e-4)
+        # Usual distances are about 1; what is left of one near 0 is float32's rounding of the mean.
+        assert float(found.values[index]) == pytest.approx(value, rel=1e-4, abs=1e-5)
         assert (int(found.layer_slots[index]), int(found.coordinates[index])) == (slot, worst)
 
 
