@@ -29,7 +29,7 @@ from guard.scores import BankSpace, Density, Detector, Exceedance, Moments
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase
 
 FORMAT = 2
-"""Of the file, and of what its scores mean: a change of either detector needs another number, or old thresholds would
+"""Of the file, and of what its scores mean: a change of any detector needs another number, or old thresholds would
 be held against new scores."""
 METADATA_KEY = "undertow"
 

@@ -157,7 +157,7 @@ def adaptive(results: Results, weights: dict[str, float]) -> tuple[Adaptive, ...
 
 def _read(case: Case, banks: Mapping[Delta, Bank], options: Options) -> dict[str, Reads]:
     """The tuned model's reads by kind, with each base model's residuals for the same prompts."""
-    lenses: dict[str, Bank] = {delta: bank for delta, bank in banks.items()}  # noqa: C416  (other keys)
+    lenses: dict[str, Bank] = {str(delta): bank for delta, bank in banks.items()}
     lenses[RANDOM] = random_bank(next(iter(banks.values())), options.seed)
     with Reader(case.model, lenses, options.max_tokens) as reader:
         kinds = {kind: reader.read(chats, title=f"{case.subject.name}: {kind}") for kind, chats in case.chats.items()}

@@ -25,7 +25,7 @@ from guard.evaluation.results import (
     Roc,
     Splits,
 )
-from guard.evaluation.rules import PAPER_EPSILON, Rule, decision_moments, decision_tokens
+from guard.evaluation.rules import PAPER_EPSILON, Rule, chosen_by, decision_moments, decision_tokens
 from guard.scores import Density
 
 POLICY = ("density",)
@@ -171,18 +171,19 @@ class Evaluation:
         return scored.kinds[kind][self.cut.test] if kind == "clean" else scored.kinds[kind]
 
     def _paper_rates(self, scored: Scored) -> list[Rate]:
-        """The rule as published: no threshold but epsilon, ranges from references and held-out requests alike would be
-        its due, so it is given both."""
+        """The rule as published: no threshold but epsilon. Its ranges are those of the references alone: the held-out
+        requests, which it has no use for, would widen them. `curves.py` says what it does with all of them."""
         rates = []
+        phases: tuple[Phase, ...] = ("prompt", "completion", "both")
         for kind in self.kinds:
             over = self._of(scored, kind) > PAPER_EPSILON
-            for phase, flag in (("prompt", over[:, 0]), ("completion", over[:, 1]), ("both", over.any(dim=-1))):
+            for phase, flag in zip(phases, (over[:, 0], over[:, 1], over.any(dim=-1)), strict=True):
                 rates.append(
                     Rate(
                         subject=self.subject,
                         delta=self.delta,
                         detector=PAPER,
-                        phase=phase,  # type: ignore[arg-type]  # one of the three
+                        phase=phase,
                         kind=kind,
                         target=None,
                         flagged=int(flag.sum()),
@@ -209,8 +210,8 @@ class Evaluation:
         )
 
     def _latency(self, name: str, together: Sequence[Scored]) -> Latency:
-        """Tokens generated until the first decision position over the threshold, as far as phases tell: a completion
-        that is flagged counts from its largest token."""
+        """Tokens generated until the first decision position over the threshold. Exceedance keeps no places: what it
+        flags in a completion counts as found at its end."""
         thresholds = self._thresholds(together, self.headline)
         reads = self.kinds["triggered"]
         places: list[int] = []
@@ -242,9 +243,7 @@ class Evaluation:
             if each.rule.lens is None or each.rule.detector is None or each.rule.detector == "exceedance":
                 continue
             seen = clean.seen[each.rule.lens]
-            chosen = seen.space.of_weights() if each.rule.detector == "intrinsic" else seen.space.of_delta()
-            if not len(chosen):
-                chosen = seen.space.of_weights()
+            chosen = chosen_by(each.rule.detector, seen)
             moments = decision_moments(clean, self.cut.references, each.rule.lens)
             values = Density(each.rule.detector, seen.space, moments, chosen).score(
                 decision_tokens(reads, each.rule.lens)
@@ -258,8 +257,7 @@ class Evaluation:
         """In which layers, and along which directions, this kind's last prompt tokens lie away from clean."""
         clean, reads = self.kinds["clean"], self.kinds[kind]
         seen = clean.seen[lens]
-        chosen = seen.space.of_delta()
-        chosen = chosen if len(chosen) else seen.space.of_weights()
+        chosen = chosen_by("density", seen)
         detector = Density("density", seen.space, decision_moments(clean, self.cut.references, lens), chosen)
         tokens = decision_tokens(reads, lens)[reads.places == 0]
         shares = detector.shares(tokens).mean(dim=0).clamp_min(0)

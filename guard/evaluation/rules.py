@@ -43,7 +43,7 @@ def density(name: DetectorName, label: str, lens: str) -> Rule:
     """The detector that is served, over the directions of one lens."""
 
     def fit(clean: Reads, references: torch.Tensor) -> Fitted:
-        chosen = _chosen(name, clean.seen[lens])
+        chosen = chosen_by(name, clean.seen[lens])
         detector = Density(name, clean.seen[lens].space, decision_moments(clean, references, lens), chosen)
         return lambda reads: per_request(reads, detector.score(decision_tokens(reads, lens)).values)
 
@@ -62,7 +62,7 @@ def exceedance(label: str, lens: str) -> Rule:
             torch.minimum(low[assistant], low[-1]),
             torch.maximum(high[assistant], high[-1]),
         )
-        detector = Exceedance(seen.space, low[:-1], high[:-1], _chosen("density", seen))
+        detector = Exceedance(seen.space, low[:-1], high[:-1], chosen_by("density", seen))
         return lambda reads: _exceedances(reads.seen[lens], detector)
 
     return Rule(label, ("prompt", "completion"), fit, lens, "exceedance")
@@ -157,7 +157,8 @@ def _exceedances(seen: Seen, detector: Exceedance) -> torch.Tensor:
     return torch.stack([worst[:, :-1].amax(dim=-1), worst[:, -1]], dim=-1).double()
 
 
-def _chosen(name: DetectorName, seen: Seen) -> torch.Tensor:
+def chosen_by(name: DetectorName, seen: Seen) -> torch.Tensor:
+    """int64 [D]: the coordinates that a detector reads; the model's own where no delta could be read."""
     delta = seen.space.of_delta()
     return seen.space.of_weights() if name == "intrinsic" or not len(delta) else delta
 
