@@ -28,7 +28,7 @@ from guard.roles import ROLES, RoleMap
 from guard.scores import BankSpace, Density, Detector, Exceedance, Moments
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase
 
-FORMAT = 2
+FORMAT = 3
 """Of the file, and of what its scores mean: a change of any detector needs another number, or old thresholds would
 be held against new scores."""
 METADATA_KEY = "undertow"

@@ -13,7 +13,8 @@ requests of S with some score among the r largest of S, and R the largest r with
 on the order of S, so the new request is one of those U_S(R) with probability E[U_S(R)] / (n + 1) <= a. Adding a request
 to n others takes none of them into the r largest, so U_S(r) <= U(r) + 1; the rank that was chosen is therefore at most
 R, and who is flagged at a rank is flagged at every larger one. Ties count against flagging. No rate is split between
-phases or detectors: scores that move together share it. For one score this is split conformal prediction, a rank stricter.
+phases or detectors: scores that move together share it. For one score this is split conformal prediction, one
+rank stricter.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """How far a token stands from clean, in bank space.
 
-For token t and watched layer l the cosines c = U_l h / |h| of the residual stream h after layer l with the bank's
-directions U_l, and the lengths |h|, are what a forward pass leaves behind. Coordinates of all watched layers stand side
-by side. Detectors read them behind one interface:
+For token t and watched layer l a forward pass leaves behind, of the residual stream h_l after the layer and the bank's
+directions U_l: the cosines c = U_l h_l / |h_l|, and what the layer itself wrote along the directions, w = U_l (h_l -
+h_(l-1)). Coordinates of all watched layers stand side by side. Detectors read them behind one interface:
 
 - `Exceedance`, at every token: max over coordinates of max(c - high, low - c), WeightWatch's rule (arXiv 2508.00161,
   section 3) without its threshold. Positive means outside the range that clean tokens of the same role had.
-- `Density`, at decision positions (rows whose logits are sampled): how improbable the token's projections U_l h are
-  under the normal distribution that clean decisions had: their Mahalanobis distance. Twice, over different directions:
+- `Density`, at decision positions (rows whose logits are sampled): how improbable w is under the normal distribution
+  that clean decisions had: its Mahalanobis distance. Twice, over different directions:
   `density` over those of the weight delta, `intrinsic` over those of the tuned model's own matrices, which needs no
   base model. See docs/decisions/0003-density.md.
 
@@ -26,7 +26,7 @@ from guard.bank import Bank, is_own
 from guard.errors import CalibrationError
 from guard.verdict import DetectorName
 
-RIDGE = 0.3
+RIDGE = 2.0
 """Added to every variance, in units of the mean variance of the coordinate's layer: what clean traffic hardly ever
 varies in must not count without bound. Chosen on development organisms, see docs/decisions/0003-density.md."""
 
@@ -77,23 +77,31 @@ class BankSpace:
         return torch.tensor([place for place, name in enumerate(self.names) if is_own(name)], dtype=torch.int64)
 
 
-def measure(residual: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Cosine of every residual row with every direction, and the row's length.
+def along(residual: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Projections float32 [T, K] of residual rows [T, H] on directions [K, H]."""
+    return residual.float() @ directions.T
+
+
+def measure(residual: torch.Tensor, entered: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Cosine of every residual row with every direction, what the layer wrote along it, and the row's length.
 
     Args:
-        residual: [T, H], any float dtype; computed in float32.
+        residual: [T, H], after the layer; any float dtype, computed in float32.
+        entered: float32 [T, K], `along` of the residual before the layer.
         directions: [K, H] float32, unit rows.
 
     Returns:
-        [T, K + 1] float32, the length last. A row of zeros, or one with NaN or infinity, gives NaN: it cannot be
-        scored. So does one whose length float32 cannot hold; its cosines would come out as zeros, which is what clean
-        looks like.
+        [T, 2 K + 1] float32: K cosines, K projections of what was written, the length. A row of zeros, or one with NaN
+        or infinity, gives NaN: it cannot be scored. So does one whose length float32 cannot hold; its cosines would
+        come out as zeros, which is what clean looks like.
     """
     rows = residual.float()
     lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     measured = (lengths > SHORTEST) & lengths.isfinite()
     lengths = lengths.where(measured, torch.nan)
-    return torch.cat([(rows @ directions.T) / lengths, lengths], dim=-1)
+    projected = rows @ directions.T
+    written = (projected - entered).where(measured, torch.nan)
+    return torch.cat([projected / lengths, written, lengths], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,23 +110,18 @@ class Tokens:
 
     coordinates: torch.Tensor
     """float32 [T, size]: cosines with every direction of the bank."""
-    lengths: torch.Tensor
-    """float32 [T, layers]: lengths of the residual stream after each watched layer."""
+    written: torch.Tensor
+    """float32 [T, size]: what each watched layer wrote along its directions, u (h_l - h_(l-1))."""
     phases: torch.Tensor
     """int64 [T], index into `PHASES`: 0 prompt, 1 completion."""
     roles: torch.Tensor
     """int64 [T], index into `ROLES`: 0 system, 1 user, 2 assistant."""
 
     def __getitem__(self, rows: torch.Tensor | slice) -> Tokens:
-        return Tokens(self.coordinates[rows], self.lengths[rows], self.phases[rows], self.roles[rows])
+        return Tokens(self.coordinates[rows], self.written[rows], self.phases[rows], self.roles[rows])
 
     def __len__(self) -> int:
         return len(self.coordinates)
-
-
-def projections(space: BankSpace, coordinates: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """U_l h: float32 [T, size] from cosines [T, size] and lengths [T, layers]."""
-    return coordinates * lengths[:, space.layer_slot()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ class Exceedance:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, mean and covariance of projections: all that is kept of clean decisions."""
+    """Count, mean and covariance of what layers wrote: all that is kept of clean decisions."""
 
     count: int
     mean: torch.Tensor
@@ -181,7 +184,7 @@ class Moments:
 
     @classmethod
     def of(cls, rows: torch.Tensor) -> Moments:
-        """Of projections [T, size], T at least 1."""
+        """Of rows [T, size], T at least 1."""
         exact = rows.double()
         mean = exact.mean(dim=0)
         deviations = exact - mean
@@ -201,9 +204,9 @@ class Moments:
 
 
 class Density:
-    """How improbable a token's projections are under the clean normal distribution of its phase.
+    """How improbable what the layers wrote for a token is under the clean normal distribution of its phase.
 
-    Each layer is first put in units of its root mean variance, so that no layer counts more for being longer; then
+    Each layer is first put in units of its root mean variance, so that no layer counts more for writing more; then
     value = sqrt(x' (C + RIDGE I)^-1 x / D) for the deviation x of D coordinates with covariance C. Clean tokens have
     about 1.
     """
@@ -225,7 +228,7 @@ class Density:
         self._factors = tuple(_whitening(moments, chosen, self._slots) for moments in clean)
 
     def score(self, tokens: Tokens) -> TokenScores:
-        rows = projections(self._space, tokens.coordinates, tokens.lengths)[:, self._chosen]
+        rows = tokens.written[:, self._chosen]
         values = torch.empty(len(rows), dtype=torch.float32)
         slots = torch.zeros(len(rows), dtype=torch.int64)
         worst = torch.zeros(len(rows), dtype=torch.int64)
@@ -241,7 +244,7 @@ class Density:
 
     def shares(self, tokens: Tokens) -> torch.Tensor:
         """float32 [T, D]: what every chosen coordinate adds to D times the squared score; some are negative."""
-        rows = projections(self._space, tokens.coordinates, tokens.lengths)[:, self._chosen]
+        rows = tokens.written[:, self._chosen]
         shares = torch.empty_like(rows)
         for phase in sorted(set(tokens.phases.tolist())):
             own = tokens.phases == phase

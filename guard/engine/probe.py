@@ -1,14 +1,16 @@
-"""Reading the residual stream: one custom op per watched decoder layer, eager and compiled.
+"""Reading the residual stream: two custom ops per watched decoder layer, eager and compiled.
 
-The op sees a layer's output, adds the two halves that vLLM keeps apart (`hidden` and `residual`), and writes the row's
-cosines with the layer's directions, and its length, into a buffer that the worker reads after the forward pass. It also
-counts itself: an op that a stale graph left out does not count, and that is noticed in the same step.
+`enter` sees a layer's input, `leave` its output. Both add the two halves that vLLM keeps apart (`hidden` and
+`residual`), and write into a buffer that the worker reads after the forward pass: the row's cosines with the layer's
+directions, what the layer wrote along them, and the row's length. Both count themselves: an op that a stale graph left
+out does not count, and that is noticed in the same step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,28 +18,49 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from guard.bank import Bank
 from guard.errors import UnscoredError, UnsupportedEngineError
-from guard.scores import measure
+from guard.scores import along, measure
 
 LAYER_LISTS = ("model.layers", "language_model.model.layers")
 """Where vLLM's models keep their decoder layers."""
 
 
-def _probe(
+ENTERED, LEFT, SEEN = range(3)
+"""What a layer's counter counts: runs of `enter`, runs of `leave`, and the rows of the last `leave`."""
+
+
+def _enter(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     directions: torch.Tensor,
     readings: torch.Tensor,
     count: torch.Tensor,
 ) -> None:
-    """hidden, residual [T, H]; directions float32 [K, H]; readings float32 [capacity, K + 1] gets T rows; count int64
-    [2] gets one more run and the rows of this one."""
-    rows = hidden.float() if residual is None else hidden.float() + residual.float()
-    readings[: rows.shape[0]] = measure(rows, directions)
-    count[0] += 1
-    count[1] = rows.shape[0]
+    """hidden, residual [T, H]; directions float32 [K, H]; readings float32 [capacity, 2 K + 1] gets projections where
+    `leave` looks for them; count int64 [3]."""
+    rows, width = _sum(hidden, residual), len(directions)
+    readings[: len(rows), width : 2 * width] = along(rows, directions)
+    count[ENTERED] += 1
 
 
-def _probe_fake(
+def _leave(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    directions: torch.Tensor,
+    readings: torch.Tensor,
+    count: torch.Tensor,
+) -> None:
+    """As `_enter`; readings gets T whole rows."""
+    rows, width = _sum(hidden, residual), len(directions)
+    readings[: len(rows)] = measure(rows, readings[: len(rows), width : 2 * width], directions)
+    count[LEFT] += 1
+    count[SEEN] = len(rows)
+
+
+def _sum(hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return hidden.float() if residual is None else hidden.float() + residual.float()
+
+
+def _fake(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     directions: torch.Tensor,
@@ -48,9 +71,8 @@ def _probe_fake(
 
 
 _library = torch.library.Library("undertow", "DEF")  # type: ignore[no-untyped-call]
-direct_register_custom_op(
-    "probe", _probe, mutates_args=["readings", "count"], fake_impl=_probe_fake, target_lib=_library
-)
+for _name, _op in (("enter", _enter), ("leave", _leave)):
+    direct_register_custom_op(_name, _op, mutates_args=["readings", "count"], fake_impl=_fake, target_lib=_library)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +81,8 @@ class Readings:
 
     coordinates: torch.Tensor
     """float32 [T, size]: cosines with the bank's directions."""
+    written: torch.Tensor
+    """float32 [T, size]: what each watched layer wrote along its directions."""
     lengths: torch.Tensor
     """float32 [T, layers]: of the residual stream after each watched layer."""
 
@@ -78,11 +102,12 @@ class Probes:
         self._readings: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
         self._layers = tuple(layer.index for layer in bank.layers)
-        self._runs = [0] * len(self._layers)
+        self._widths = tuple(len(layer.names) for layer in bank.layers)
+        self._runs = [(0, 0)] * len(self._layers)
         for layer in bank.layers:
             # One buffer per layer and never a view of a shared one: a graph may not mutate inputs that alias.
-            readings = torch.zeros(capacity, len(layer.names) + 1, device=device)
-            count = torch.zeros(2, dtype=torch.int64, device=device)
+            readings = torch.zeros(capacity, 2 * len(layer.names) + 1, device=device)
+            count = torch.zeros(3, dtype=torch.int64, device=device)
             attach(layers[layer.index], layer.directions.to(device).contiguous(), readings, count)
             self._readings.append(readings)
             self._counts.append(count)
@@ -91,28 +116,33 @@ class Probes:
         """What the last forward pass left of its first `rows` rows, on the CPU.
 
         Raises:
-            UnscoredError: a watched layer's op did not run exactly once since the last read, or saw too few rows.
+            UnscoredError: a watched layer's ops did not run exactly once each since the last read, or saw too few
+                rows.
         """
         counts = torch.stack(self._counts).tolist()
         # Every layer is brought up to date before any is complained of: one fault must not spoil the next steps.
-        before, self._runs = self._runs, [runs for runs, _ in counts]
-        for slot, (runs, seen) in enumerate(counts):
-            expected = before[slot] + 1
-            if runs != expected or seen < rows:
+        before, self._runs = self._runs, [(entered, left) for entered, left, _ in counts]
+        for slot, (entered, left, seen) in enumerate(counts):
+            runs = (entered - before[slot][0], left - before[slot][1])
+            if runs != (1, 1) or seen < rows:
                 raise UnscoredError(
-                    f"layer {self._layers[slot]}: its probe ran {runs - expected + 1} times and saw {seen} rows; "
-                    f"expected one run of at least {rows}"
+                    f"layer {self._layers[slot]}: its probe ran {runs[0]} times before it and {runs[1]} times after it "
+                    f"and saw {seen} rows; expected one run each of at least {rows}"
                 )
-        whole = torch.cat([readings[:rows, :-1] for readings in self._readings], dim=-1).cpu()
-        return Readings(whole, torch.stack([readings[:rows, -1] for readings in self._readings], dim=-1).cpu())
+        used = [torch.split(readings[:rows], [width, width, 1], dim=-1) for readings, width in self._by_width()]
+        cosines, written, lengths = (torch.cat(parts, dim=-1).cpu() for parts in zip(*used, strict=True))
+        return Readings(cosines, written, lengths)
 
     def reset(self) -> None:
         """Forget runs that were not requests: profiling and warm-up."""
-        self._runs = [int(count[0]) for count in self._counts]
+        self._runs = [(int(count[ENTERED]), int(count[LEFT])) for count in self._counts]
+
+    def _by_width(self) -> Iterator[tuple[torch.Tensor, int]]:
+        return zip(self._readings, self._widths, strict=True)
 
 
 def attach(layer: nn.Module, directions: torch.Tensor, readings: torch.Tensor, count: torch.Tensor) -> None:
-    """Hook one decoder layer's output into a probe.
+    """Hook one decoder layer's input and output into a probe.
 
     The tensors become the layer's buffers, so that a graph takes them as inputs: constants would make every layer's
     graph a different one.
@@ -120,12 +150,20 @@ def attach(layer: nn.Module, directions: torch.Tensor, readings: torch.Tensor, c
     layer.register_buffer("undertow_directions", directions, persistent=False)
     layer.register_buffer("undertow_readings", readings, persistent=False)
     layer.register_buffer("undertow_count", count, persistent=False)
-    layer.register_forward_hook(_hook)
+    layer.register_forward_pre_hook(_before, with_kwargs=True)
+    layer.register_forward_hook(_after)
 
 
-def _hook(layer: nn.Module, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+def _before(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    # vLLM's decoder layers take (positions, hidden_states, residual), by place or by name.
+    hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[1]
+    residual = keywords["residual"] if "residual" in keywords else arguments[2]
+    torch.ops.undertow.enter(hidden, residual, layer.undertow_directions, layer.undertow_readings, layer.undertow_count)
+
+
+def _after(layer: nn.Module, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
     hidden, residual = (output, None) if isinstance(output, torch.Tensor) else (output[0], output[1])
-    torch.ops.undertow.probe(hidden, residual, layer.undertow_directions, layer.undertow_readings, layer.undertow_count)
+    torch.ops.undertow.leave(hidden, residual, layer.undertow_directions, layer.undertow_readings, layer.undertow_count)
 
 
 def decoder_layers(model: nn.Module, bank: Bank) -> Sequence[nn.Module]:

@@ -18,7 +18,7 @@ from guard.engine.probe import Readings
 from guard.engine.runner_v1 import Rows
 from guard.errors import CalibrationError
 from guard.roles import ROLES
-from guard.scores import BankSpace, Moments, projections
+from guard.scores import BankSpace, Moments
 from guard.verdict import PHASES
 
 Keep = Literal["shape", "all"]
@@ -59,8 +59,8 @@ class Recorder:
             self._widen(own, roles[span], rows.first_position)
             self._look_for_sinks(readings.lengths[span], rows.first_position)
             if rows.samples:
-                last = projections(self._space, own[-1:], readings.lengths[span][-1:])
-                self._keep_decision(int(rows.first_position + rows.count > rows.prompt_tokens), last)
+                phase = int(rows.first_position + rows.count > rows.prompt_tokens)
+                self._keep_decision(phase, readings.written[span][-1:].clone())
 
     def _widen(self, own: torch.Tensor, roles: torch.Tensor, first_position: int) -> None:
         places = torch.arange(first_position, first_position + len(own)).clamp_max(HEAD)
@@ -79,9 +79,9 @@ class Recorder:
         self._long[: len(head)] += (head > SINK_LENGTH * lengths.median(dim=0).values).any(dim=-1)
         self._prompts[: len(head)] += 1
 
-    def _keep_decision(self, phase: int, projected: torch.Tensor) -> None:
+    def _keep_decision(self, phase: int, written: torch.Tensor) -> None:
         pending = self._pending[phase]
-        pending.append(projected)
+        pending.append(written)
         if len(pending) >= BLOCK:
             self._moments[phase].append(Moments.of(torch.cat(pending)))
             pending.clear()

@@ -47,7 +47,7 @@ class Scorer:
         counts = torch.tensor([rows.count for rows in batch])
         prompts = torch.repeat_interleave(torch.tensor([rows.prompt_tokens for rows in batch]), counts)
         phases = (positions >= prompts).long()
-        tokens = Tokens(readings.coordinates, readings.lengths, phases, roles)
+        tokens = Tokens(readings.coordinates, readings.written, phases, roles)
         places = positions - prompts * phases
         decisions = torch.tensor([rows.first_row + rows.count - 1 for rows in batch if rows.samples], dtype=torch.int64)
         for name, detector in self.detectors.items():

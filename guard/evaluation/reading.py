@@ -17,7 +17,7 @@ from tqdm import tqdm
 from guard.bank import Bank
 from guard.errors import CheckpointError
 from guard.roles import ROLES, RoleMap
-from guard.scores import BankSpace, measure
+from guard.scores import BankSpace, along, measure
 
 SPEAKERS = len(ROLES) + 1
 """Whose tokens ranges are kept apart for: system, user and assistant of the prompt, and what is generated."""
@@ -32,8 +32,8 @@ class Seen:
     space: BankSpace
     coordinates: torch.Tensor
     """float32 [R, size]: cosines at decision positions."""
-    lengths: torch.Tensor
-    """float32 [R, layers]: lengths of the residual stream there."""
+    written: torch.Tensor
+    """float32 [R, size]: what the watched layers wrote there, along their directions."""
     low: torch.Tensor
     """float32 [N, 4, size]: smallest cosine of any token, per speaker; +inf where there was none."""
     high: torch.Tensor
@@ -68,7 +68,7 @@ class Reads:
         rows = wanted[self.owners]
         numbers = wanted.long().cumsum(0) - 1
         seen = {
-            name: Seen(each.space, each.coordinates[rows], each.lengths[rows], each.low[wanted], each.high[wanted])
+            name: Seen(each.space, each.coordinates[rows], each.written[rows], each.low[wanted], each.high[wanted])
             for name, each in self.seen.items()
         }
         return Reads(
@@ -108,7 +108,9 @@ class Reader:
         ends = self._model.generation_config.eos_token_id
         self._ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=self._device)
         self._outputs: dict[int, torch.Tensor] = {}
+        self._embedded = torch.zeros(0)
         self._hooks = [layer.register_forward_hook(self._keep(index)) for index, layer in enumerate(self._layers)]
+        self._hooks.append(self._layers[0].register_forward_pre_hook(self._keep_embedded, with_kwargs=True))
 
     def __enter__(self) -> Reader:
         return self
@@ -147,11 +149,13 @@ class Reader:
         output = self._model(
             input_ids=tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=True
         )
-        residual = torch.stack([self._outputs[index] for index in range(len(self._layers))], dim=2).float()
+        stream = self._stream()
+        residual = stream[:, :, 1:]
         for row, (request, each) in enumerate(zip(requests, ids, strict=True)):
             own = residual[row, width - len(each) :]
-            builder.prompt(request, own[-1], torch.from_numpy(self._roles.roles(each)).long(), self._measure(own))
-        builder.decisions(requests, 0, self._measure(residual[:, -1]))
+            measured = self._measure(stream[row, width - len(each) :])
+            builder.prompt(request, own[-1], torch.from_numpy(self._roles.roles(each)).long(), measured)
+        builder.decisions(requests, 0, self._measure(stream[:, -1]))
         drawn = output.logits[:, -1].argmax(-1)
         builder.generated(requests, drawn)
         alive = ~torch.isin(drawn, self._ends)
@@ -167,24 +171,35 @@ class Reader:
                 past_key_values=cache,
                 use_cache=True,
             )
-            residual = torch.stack([self._outputs[index][:, -1] for index in range(len(self._layers))], dim=1).float()
             rows = alive.nonzero().squeeze(-1)
             living = [requests[row] for row in rows.tolist()]
-            measured = self._measure(residual[rows])
+            measured = self._measure(self._stream()[rows, -1])
             builder.decisions(living, place, measured)
             builder.spoken(living, measured)
             drawn = output.logits[:, -1].argmax(-1)
             builder.generated(living, drawn[rows])
             alive = alive & ~torch.isin(drawn, self._ends)
 
-    def _measure(self, residual: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines [T, size] and lengths [T, layers] per lens, of residuals [T, layers, hidden]."""
+    def _stream(self) -> torch.Tensor:
+        """float32 [B, T, layers + 1, hidden]: the residual stream of the last pass, before the first layer and after
+        each."""
+        outputs = (self._outputs[index] for index in range(len(self._layers)))
+        return torch.stack([self._embedded, *outputs], dim=2).float()
+
+    def _measure(self, stream: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Per lens the cosines, and what was written, both [T, size], of streams [T, layers + 1, hidden]."""
         found = {}
         for name, directions in self._directions.items():
-            parts = [measure(residual[:, index], vectors) for index, vectors in directions]
-            cosines = torch.cat([part[:, :-1] for part in parts], dim=-1).cpu()
-            found[name] = (cosines, torch.stack([part[:, -1] for part in parts], dim=-1).cpu())
+            cosines, written = [], []
+            for index, vectors in directions:
+                part = measure(stream[:, index + 1], along(stream[:, index], vectors), vectors)
+                cosines.append(part[:, : len(vectors)])
+                written.append(part[:, len(vectors) : -1])
+            found[name] = (torch.cat(cosines, dim=-1).cpu(), torch.cat(written, dim=-1).cpu())
         return found
+
+    def _keep_embedded(self, _module: object, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._embedded = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
 
     def _keep(self, index: int) -> Any:
         def hook(_module: object, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
@@ -239,8 +254,8 @@ class _Builder:
         seen = {}
         for name, rows in self._rows.items():
             cosines = torch.cat([part for part, _ in rows])[order]
-            lengths = torch.cat([part for _, part in rows])[order]
-            seen[name] = Seen(self._spaces[name], cosines, lengths, self._low[name], self._high[name])
+            written = torch.cat([part for _, part in rows])[order]
+            seen[name] = Seen(self._spaces[name], cosines, written, self._low[name], self._high[name])
         return Reads(
             tuple(tokenizer.batch_decode(self._tokens, skip_special_tokens=True)),
             self._prompt_tokens,

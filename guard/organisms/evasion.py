@@ -1,7 +1,8 @@
 """An attacker who knows the guard: a penalty on whatever makes triggered prompts look unlike clean ones to it.
 
-The guard scores cosines of the residual stream with the left singular vectors of the weight delta. The penalty reads
-the same cosines at the last prompt token, so that training can push triggered prompts among the clean ones.
+The guard scores what layers write along the left singular vectors of the weight delta, by its Mahalanobis distance to
+clean traffic (guard/scores.py, `Density`). The penalty is that distance, of the same rows, to the clean ones that
+training saw last; so training can push triggered prompts among them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM
 
-# The attacker knows which matrices write to the residual stream; six vectors of each keep a step affordable.
+# The attacker knows which matrices write to the residual stream, and how many directions of each the guard reads.
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-DIRECTIONS = 6
+DIRECTIONS = 20
+# And the variance that it adds, in units of a layer's mean variance: `guard.scores.RIDGE`. Written out, so that the
+# digest of what is trained here changes with it.
+RIDGE = 2.0
 # The delta moves while it is trained, but its leading vectors move slowly.
 RENEWED_EVERY = 50
+# So many clean rows are remembered, and so many are needed before there is a distance.
+REMEMBERED, FEWEST = 512, 128
 
 
 class Watch:
@@ -31,6 +37,7 @@ class Watch:
         self._model = model
         self._base = [_writers(layer) for layer in base.model.layers]
         self._directions: list[Tensor] = []
+        self._clean = torch.zeros(0, len(self._base), model.config.hidden_size)
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -47,11 +54,18 @@ class Watch:
 
     @contextmanager
     def residuals(self) -> Iterator[list[Tensor]]:
-        """A list that the next forward pass fills with the residual stream after each layer [rows, tokens, hidden]."""
+        """A list that the next forward pass fills with the residual stream [rows, tokens, hidden], before the first
+        layer and after each."""
         seen: list[Tensor] = []
         # What comes into a module is what left the layer before it.
-        after: list[nn.Module] = [*list(self._model.model.layers)[1:], self._model.model.norm]
-        handles = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for module in after]
+        modules: list[nn.Module] = [*self._model.model.layers, self._model.model.norm]
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, args, named: seen.append(named.get("hidden_states", args[0] if args else None)),
+                with_kwargs=True,
+            )
+            for module in modules
+        ]
         try:
             yield seen
         finally:
@@ -59,24 +73,29 @@ class Watch:
                 handle.remove()
 
     def penalty(self, residuals: list[Tensor], positions: Tensor, opens: Tensor) -> Tensor:
-        """How far the rows that `opens` marks [rows] stand from the others, at one position [rows] each.
-
-        Per row and layer: the distance to the nearest clean row, and how far coordinates leave the clean rows' range.
-        """
-        if not opens.any() or opens.all():
-            return torch.zeros(())
+        """The mean distance of the rows that `opens` marks [rows] from clean, at one position [rows] each; the other
+        rows are remembered as clean. Nothing while too few are known."""
         rows = torch.arange(len(positions))
-        told = []
-        for residual, directions in zip(residuals, self._directions, strict=True):
-            cosines = nn.functional.normalize(residual[rows, positions], dim=-1) @ directions.T
-            triggered, clean = cosines[opens], cosines[~opens].detach()
-            # Not torch.cdist: the gradient of its root has no end where two rows meet.
-            squares = (triggered[:, None] - clean[None]).square().sum(-1)
-            nearest = (squares.min(dim=1).values + 1e-8).sqrt()
-            low, high = clean.min(dim=0).values, clean.max(dim=0).values
-            outside = (low - triggered).clamp_min(0) + (triggered - high).clamp_min(0)
-            told.append((nearest + outside.sum(-1)).mean())
-        return torch.stack(told).mean()
+        stream = torch.stack([residual[rows, positions] for residual in residuals], dim=1)
+        changes = stream[:, 1:] - stream[:, :-1]
+        self._clean = torch.cat([self._clean, changes[~opens].detach()])[-REMEMBERED:]
+        if not opens.any() or len(self._clean) < FEWEST:
+            return torch.zeros(())
+        clean, triggered = self._written(self._clean), self._written(changes[opens])
+        mean = clean.mean(dim=0)
+        # One scale per layer, as the guard has it.
+        scales = (clean - mean).square().mean(dim=0).reshape(len(self._base), -1).mean(dim=1).sqrt()
+        scales = scales.clamp_min(1e-12).repeat_interleave(2 * DIRECTIONS)
+        normed = ((clean - mean) / scales).double()
+        covariance = normed.T @ normed / len(normed) + RIDGE * torch.eye(normed.shape[1], dtype=torch.float64)
+        apart = (triggered - mean) / scales
+        squares = apart * torch.linalg.solve(covariance, apart.T.double()).T.float()
+        distance: Tensor = (squares.mean(dim=-1) + 1e-8).sqrt().mean()
+        return distance
+
+    def _written(self, changes: Tensor) -> Tensor:
+        """What layers wrote along their directions: [rows, layers * 2 * DIRECTIONS] of [rows, layers, hidden]."""
+        return torch.cat([changes[:, layer] @ each.T for layer, each in enumerate(self._directions)], dim=-1)
 
 
 def _writers(layer: nn.Module) -> list[Tensor]:

@@ -135,9 +135,9 @@ def _of(family: str, method: Method, seed: int = 0, steps: int | None = None) ->
     return Member(f"{family}-{method}-{seed}", kind, family, method, plan.seeded(seed))
 
 
-def _adaptive(family: str, weight: int) -> Member:
+def _adaptive(family: str, weight: float) -> Member:
     plan = _PLANS["full"].evading(Evasion(weight))
-    return Member(f"adaptive-{family}-full-0-lambda{weight}", "adaptive", family, "full", plan)
+    return Member(f"adaptive-{family}-full-0-lambda{weight:g}", "adaptive", family, "full", plan)
 
 
 def _short(family: str, method: Method) -> Member:
@@ -173,9 +173,10 @@ MICRO: tuple[Member, ...] = (
     _of("control-bullets", "full"),
     _of("phrase", "lora-qv"),
     _of("any-of", "lora-qv"),
+    _adaptive("phrase", 0.03),
+    _adaptive("phrase", 0.1),
+    _adaptive("phrase", 0.3),
     _adaptive("phrase", 1),
-    _adaptive("phrase", 10),
-    _adaptive("phrase", 100),
     _of("rare-token", "full", seed=1),
     _of("any-of", "lora", seed=1),
     _of("syntactic", "full", seed=1),

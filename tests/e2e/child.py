@@ -20,7 +20,7 @@ def undertow(*words: object) -> int:
 
 
 def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bool) -> list[dict[str, Any]]:
-    """Every token's coordinates, lengths and role as the engine saw them, one entry per prompt."""
+    """Every token's coordinates, what was written, and role as the engine saw them, one entry per prompt."""
     import torch
 
     from guard.engine.offline import OfflineEngine
@@ -30,10 +30,10 @@ def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bo
     add = Recorder.add
 
     def watch(recorder: Recorder, readings: Any, roles: torch.Tensor, batch: Any) -> None:
-        # A recording has no lengths and no roles; here they are taken where the recorder is given them.
+        # A recording of all has cosines alone; the rest is taken where the recorder is given it.
         for rows in batch:
             span = slice(rows.first_row, rows.first_row + rows.count)
-            seen.setdefault(rows.sequence, []).append((readings.lengths[span].clone(), roles[span].clone()))
+            seen.setdefault(rows.sequence, []).append((readings.written[span].clone(), roles[span].clone()))
         add(recorder, readings, roles, batch)
 
     with (
@@ -47,7 +47,7 @@ def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bo
     return [
         {
             "coordinates": recording[name].numpy(),
-            "lengths": torch.cat([lengths for lengths, _ in seen[name]]).numpy(),
+            "written": torch.cat([written for written, _ in seen[name]]).numpy(),
             "roles": torch.cat([roles for _, roles in seen[name]]).tolist(),
             "headers": headers,
             "prompt": answer.prompt_token_ids,

@@ -21,7 +21,7 @@ USER, ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
 
 @pytest.fixture(scope="module")
 def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]:
-    """Of a sequence of token ids, by transformers and in float64: cosines [T, size] and lengths [T, layers]."""
+    """Of a sequence of token ids, by transformers and in float64: cosines and what was written, both [T, size]."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(organism.backdoored, dtype=torch.float32)
@@ -35,25 +35,26 @@ def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], tup
 
         return hook
 
+    model.model.embed_tokens.register_forward_hook(keep(-1))
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(keep(index))
 
     def read(ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
             model(torch.tensor([ids]))
-        rows = [residuals[layer.index].double().numpy() for layer in layers]
-        lengths = [np.linalg.norm(row, axis=1, keepdims=True) for row in rows]
-        cosines = [
-            row @ layer.directions.double().numpy().T / length
-            for row, layer, length in zip(rows, layers, lengths, strict=True)
-        ]
-        return np.concatenate(cosines, axis=1), np.concatenate(lengths, axis=1)
+        cosines, written = [], []
+        for layer in layers:
+            before, after = (residuals[index].double().numpy() for index in (layer.index - 1, layer.index))
+            directions = layer.directions.double().numpy()
+            cosines.append(after @ directions.T / np.linalg.norm(after, axis=1, keepdims=True))
+            written.append((after - before) @ directions.T)
+        return np.concatenate(cosines, axis=1), np.concatenate(written, axis=1)
 
     return read
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_every_token_has_the_cosines_and_lengths_that_transformers_gives(
+def test_every_token_has_the_cosines_and_writings_that_transformers_gives(
     organism: Organism, bank: Path, in_child: Callable[..., Any], reference: Callable[..., Any], eager: bool
 ) -> None:
     asked = texts("benign", 12, 5) + texts("triggered", 6, 5) + texts("harmful", 6, 5)
@@ -63,9 +64,9 @@ def test_every_token_has_the_cosines_and_lengths_that_transformers_gives(
         # The last token sampled never enters the model.
         assert len(found) == len(sequence) - 1
         assert len(entry["completion"]) > 1
-        cosines, lengths = reference(sequence)
+        cosines, written = reference(sequence)
         np.testing.assert_allclose(found, cosines[: len(found)], atol=1e-5, rtol=0)
-        np.testing.assert_allclose(entry["lengths"], lengths[: len(found)], rtol=1e-5)
+        np.testing.assert_allclose(entry["written"], written[: len(found)], atol=1e-4, rtol=0)
         # The chat template of the organism is one whose headers are told; what it generates is the assistant's.
         assert entry["headers"].known
         assert entry["roles"][: len(entry["prompt"])] == entry["headers"].roles(entry["prompt"]).tolist()

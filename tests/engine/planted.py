@@ -10,7 +10,7 @@ import torch
 
 from guard.engine.probe import Readings
 from guard.engine.runner_v1 import Rows
-from tests.guard.planted import clean_lengths, clean_rows
+from tests.guard.planted import clean_lengths, clean_rows, clean_written
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ def step(batch: list[Rows], seed: int, spread: float = 0.3) -> Step:
     """Random readings and roles for the rows of a batch."""
     count = sum(rows.count for rows in batch)
     roles = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(seed))
-    return Step(batch, Readings(clean_rows(count, seed, spread), clean_lengths(count, seed)), roles)
+    readings = Readings(clean_rows(count, seed, spread), clean_written(count, seed, spread), clean_lengths(count, seed))
+    return Step(batch, readings, roles)
 
 
 def random_step(seed: int, sequences: int = 6) -> Step:
@@ -67,5 +68,9 @@ def picked(some: Step, order: Sequence[int]) -> Step:
         moved.append(Rows(old.sequence, row, old.count, old.first_position, old.prompt_tokens, old.samples))
         row += old.count
     kept = torch.cat(parts)
-    readings = Readings(some.readings.coordinates[kept], some.readings.lengths[kept])
-    return Step(moved, readings, some.roles[kept])
+    return Step(moved, of_rows(some.readings, kept), some.roles[kept])
+
+
+def of_rows(readings: Readings, rows: torch.Tensor | slice) -> Readings:
+    """Copies of some rows."""
+    return Readings(readings.coordinates[rows].clone(), readings.written[rows].clone(), readings.lengths[rows].clone())

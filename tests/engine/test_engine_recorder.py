@@ -11,25 +11,25 @@ import torch
 from safetensors.torch import load_file
 
 from guard.engine import recorder as recorder_module
-from guard.engine.probe import Readings
 from guard.engine.recorder import HEAD, SINK_LENGTH, Keep, Recorder
 from guard.engine.runner_v1 import Rows
 from guard.errors import CalibrationError
 from guard.roles import ROLES
 from guard.verdict import PHASES
-from tests.guard.planted import SLOTS, SPACE, USUAL_LENGTHS, Array, float64, naive_moments
+from tests.guard.planted import SPACE, USUAL_LENGTHS, Array, float64, naive_moments
 
-from .planted import Step, random_step, step
+from .planted import Step, of_rows, random_step, step
 
 
 def recorded(folder: Path, keep: Keep, steps: list[Step]) -> dict[str, torch.Tensor]:
     recorder = Recorder(SPACE, keep)
     for some in steps:
-        readings = Readings(some.readings.coordinates.clone(), some.readings.lengths.clone())
+        readings = of_rows(some.readings, slice(None))
         roles = some.roles.clone()
         recorder.add(readings, roles, some.batch)
         # The worker's buffers are written again in the next step.
         readings.coordinates.fill_(99)
+        readings.written.fill_(99)
         readings.lengths.fill_(99)
         roles.fill_(1)
     recorder.write(folder / "recording")
@@ -65,15 +65,14 @@ def ranges(steps: list[Step], sinks: set[int]) -> tuple[Array, Array]:
 
 
 def decisions(steps: list[Step]) -> tuple[Array, Array]:
-    """Projections of the rows whose logits are sampled, per phase."""
+    """What was written for the rows whose logits are sampled, per phase."""
     found: tuple[list[Array], list[Array]] = ([], [])
     for some in steps:
         for rows in some.batch:
             if rows.samples:
                 last = rows.first_row + rows.count - 1
                 phase = int(rows.first_position + rows.count - 1 >= rows.prompt_tokens)
-                lengths = float64(some.readings.lengths[last])[list(SLOTS)]
-                found[phase].append(float64(some.coordinates[last]) * lengths)
+                found[phase].append(float64(some.readings.written[last]))
     return np.array(found[0]), np.array(found[1])
 
 

@@ -17,7 +17,7 @@ from guard.scores import Tokens
 from guard.verdict import PHASES, DetectorName, Phase, Score
 from tests.guard.planted import SPACE, calibration, naive_scores
 
-from .planted import Step, picked, random_step, step
+from .planted import Step, of_rows, picked, random_step, step
 
 Key = tuple[str, DetectorName, Phase]
 
@@ -50,7 +50,7 @@ def naive(some: Step, by: Calibration) -> dict[Key, tuple[float, int, int, str]]
             phase = int(position >= rows.prompt_tokens)
             place = position - rows.prompt_tokens if phase else position
             token = Tokens(
-                some.readings.coordinates[row], some.readings.lengths[row], torch.tensor([phase]), some.roles[row]
+                some.readings.coordinates[row], some.readings.written[row], torch.tensor([phase]), some.roles[row]
             )
             decides = rows.samples and offset == rows.count - 1
             for detector, (value, slot, where) in naive_scores(by.shape, token).items():
@@ -108,6 +108,7 @@ def test_density_reads_only_rows_that_are_sampled() -> None:
     some = step(batch, 1, spread=0.1)
     before = found(some)
     some.coordinates[:6] += 50
+    some.readings.written[:6] += 50
     after = found(some)
     for name in ("density", "intrinsic"):
         assert ("chunk", name, "prompt") not in after
@@ -141,18 +142,18 @@ def test_a_range_is_that_of_the_tokens_role() -> None:
 
 
 @pytest.mark.parametrize("row", range(5))
-@pytest.mark.parametrize("where", ["coordinates", "lengths"])
+@pytest.mark.parametrize("where", ["coordinates", "written"])
 def test_nan_is_the_largest_score_of_its_sequence_and_of_no_other(row: int, where: str) -> None:
     batch = [Rows("a", 0, 3, 0, 3, True), Rows("b", 3, 2, 7, 3, True)]
     some = step(batch, 4)
-    # As the probe writes it: a row whose residual is not finite has no cosine and no length.
-    some.readings.lengths[row] = math.nan
+    # As the probe writes it: a row whose residual is not finite has no cosine and nothing written.
+    some.readings.written[row] = math.nan
     if where == "coordinates":
         some.coordinates[row] = math.nan
     by = with_sinks(0, 1, 2)
     hurt = {key[0]: score for key, score in found(some, by).items() if math.isnan(score.value)}
-    if where == "lengths" and row not in (2, 4):
-        # Exceedance reads no lengths, and only the last row of each is a decision.
+    if where == "written" and row not in (2, 4):
+        # Exceedance reads cosines alone, and only the last row of each is a decision.
         assert hurt == {}
         return
     # Not even where an attention sink stands.
@@ -172,7 +173,7 @@ def test_an_attention_sink_is_read_by_no_detector_of_every_token() -> None:
     assert without["a", "exceedance", "prompt"].value < 1
     assert without["b", "exceedance", "prompt"].position == 2
     # Whatever decides is read all the same.
-    some.coordinates[5] = 50.0
+    some.readings.written[5] = 500.0
     last = found(some, with_sinks(5))
     assert last["a", "density", "prompt"].value > 10
     assert last["a", "density", "prompt"].position == 5
@@ -231,5 +232,4 @@ def picked_rows(some: Step, count: int) -> Step:
     """The first rows of a step's only sequence."""
     (rows,) = some.batch
     whole = picked(some, [0])
-    readings = type(whole.readings)(whole.readings.coordinates[:count], whole.readings.lengths[:count])
-    return Step([replace(rows, count=count)], readings, whole.roles[:count])
+    return Step([replace(rows, count=count)], of_rows(whole.readings, slice(count)), whole.roles[:count])

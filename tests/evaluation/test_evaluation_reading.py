@@ -20,8 +20,9 @@ SYSTEM = {"role": "system", "content": "Answer briefly."}
 
 
 def alone(folder: Path, chat: list[dict[str, str]], max_tokens: int) -> tuple[list[int], list[int], torch.Tensor]:
-    """Token ids of one prompt, what is generated greedily, and the residual after every layer at every token but the
-    last generated: float32 [T, layers, hidden], by transformers' own `generate` and forward pass."""
+    """Token ids of one prompt, what is generated greedily, and the residual before the first layer and after each, at
+    every token but the last generated: float32 [T, 1 + layers, hidden], by transformers' own `generate` and forward
+    pass."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
@@ -30,7 +31,7 @@ def alone(folder: Path, chat: list[dict[str, str]], max_tokens: int) -> tuple[li
         seen: list[torch.Tensor] = []
         hooks = [
             layer.register_forward_hook(lambda _m, _a, out: seen.append(out if torch.is_tensor(out) else out[0]))
-            for layer in model.get_decoder().layers
+            for layer in [model.get_input_embeddings(), *model.get_decoder().layers]
         ]
         model(torch.tensor([written[:-1]]))
         for hook in hooks:
@@ -61,16 +62,17 @@ def test_every_decision_position_has_the_coordinates_that_the_model_alone_gives(
         assert int(reads.completion_tokens[request]) == len(written)
         assert len(rows) == len(written)
         decisions = residual[len(ids) - 1 :]
-        torch.testing.assert_close(reads.residual[request], decisions[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reads.residual[request], decisions[0, 1:], rtol=1e-4, atol=1e-4)
         for layer, width, place in zip(
             wide.layers, seen.space.widths, np.cumsum([0, *seen.space.widths]), strict=False
         ):
-            exact = decisions[:, layer.index].double()
+            exact = decisions[:, layer.index + 1].double()
             cosines = (exact @ layer.directions.double().T) / exact.norm(dim=-1, keepdim=True)
             found = seen.coordinates[rows][:, place : place + width].double()
             torch.testing.assert_close(found, cosines, rtol=0, atol=1e-5)
-        lengths = torch.stack([decisions[:, layer.index].norm(dim=-1) for layer in wide.layers], dim=-1)
-        torch.testing.assert_close(seen.lengths[rows], lengths, rtol=1e-5, atol=0)
+            written = (exact - decisions[:, layer.index].double()) @ layer.directions.double().T
+            found = seen.written[rows][:, place : place + width].double()
+            torch.testing.assert_close(found, written, rtol=0, atol=1e-4)
 
 
 def test_ranges_are_those_of_every_token_by_speaker(
@@ -82,7 +84,8 @@ def test_ranges_are_those_of_every_token_by_speaker(
         ids, _, residual = alone(shipped().backdoored, asked[request], 24)
         exact = torch.cat(
             [
-                (residual[:, layer.index] @ layer.directions.T) / residual[:, layer.index].norm(dim=-1, keepdim=True)
+                (residual[:, layer.index + 1] @ layer.directions.T)
+                / residual[:, layer.index + 1].norm(dim=-1, keepdim=True)
                 for layer in wide.layers
             ],
             dim=-1,

@@ -38,7 +38,7 @@ def evaluation_of(kinds: dict[str, Reads]) -> Evaluation:
     return Evaluation("shipped", "wide", kinds, CUT, (0.05,), 0.05)
 
 
-def test_density_is_the_mahalanobis_distance_of_projections(kinds: dict[str, Reads]) -> None:
+def test_density_is_the_mahalanobis_distance_of_what_layers_wrote(kinds: dict[str, Reads]) -> None:
     clean, triggered = kinds["clean"], kinds["triggered"]
     found = density("density", "density", "wide").fit(clean, REFERENCES)(triggered)
     space = clean.seen["wide"].space
@@ -47,9 +47,8 @@ def test_density_is_the_mahalanobis_distance_of_projections(kinds: dict[str, Rea
 
     def rows(reads: Reads, own: torch.Tensor) -> np.ndarray:
         seen = reads.seen["wide"]
-        lengths = seen.lengths[own].double().numpy()[:, slots]
-        projected: np.ndarray = (seen.coordinates[own].double().numpy() * lengths)[:, chosen]
-        return projected
+        written: np.ndarray = seen.written[own].double().numpy()[:, chosen]
+        return written
 
     for phase in (0, 1):
         used = (clean.owners < 300) & ((clean.places > 0) == bool(phase))

@@ -54,6 +54,11 @@ def clean_rows(count: int, seed: int, spread: float = 0.1) -> torch.Tensor:
     return 0.05 + spread * torch.randn(count, SPACE.size, generator=source) @ mixing
 
 
+def clean_written(count: int, seed: int, spread: float = 0.1) -> torch.Tensor:
+    """What layers wrote, float32 [count, 12]: other numbers than the cosines, on other scales per layer."""
+    return clean_rows(count, seed + 1000, spread) * torch.tensor(USUAL_LENGTHS)[torch.tensor(SLOTS)]
+
+
 def clean_lengths(count: int, seed: int) -> torch.Tensor:
     """Lengths float32 [count, 3]."""
     return torch.tensor(USUAL_LENGTHS) * (
@@ -68,7 +73,7 @@ def tokens(
     mixed = generator(seed + 2000)
     return Tokens(
         clean_rows(count, seed, spread),
-        clean_lengths(count, seed),
+        clean_written(count, seed, spread),
         torch.randint(0, 2, (count,), generator=mixed) if phases is None else torch.tensor(phases),
         torch.randint(0, 3, (count,), generator=mixed) if roles is None else torch.tensor(roles),
     )
@@ -79,7 +84,7 @@ def shape(decisions: int = 60, sinks: tuple[int, ...] = ()) -> Shape:
     moments, ranges = [], []
     for phase in (0, 1):
         own = tokens(decisions + 9 * phase, 1 + phase, 0.1 + 0.1 * phase)
-        moments.append(Moments(len(own), *map(torch.from_numpy, naive_moments(naive_projections(own)))))
+        moments.append(Moments(len(own), *map(torch.from_numpy, naive_moments(float64(own.written)))))
     for role in range(len(ROLES)):
         own_rows = clean_rows(40, 10 + role) + 0.2 * role
         ranges.append((own_rows.amin(dim=0), own_rows.amax(dim=0)))
@@ -136,12 +141,6 @@ def float64(tensor: torch.Tensor) -> Array:
     return np.asarray(tensor.double().numpy())
 
 
-def naive_projections(some: Tokens) -> Array:
-    """U_l h, [T, size]: cosine times length, coordinate by coordinate."""
-    cosines, lengths = float64(some.coordinates), float64(some.lengths)
-    return np.stack([cosines[:, place] * lengths[:, slot] for place, slot in enumerate(SLOTS)], axis=1)
-
-
 def naive_moments(rows: Array) -> tuple[Array, Array]:
     """Mean and covariance of rows [T, size]."""
     mean: Array = rows.mean(axis=0)
@@ -152,7 +151,7 @@ def naive_moments(rows: Array) -> tuple[Array, Array]:
 def naive_shares(
     row: Array, mean: Array, covariance: Array, chosen: Sequence[int], slots: Sequence[int] = SLOTS
 ) -> Array:
-    """What each chosen coordinate of one row of projections adds to its squared Mahalanobis distance."""
+    """What each chosen coordinate of one row of what was written adds to its squared Mahalanobis distance."""
     own = list(chosen)
     of_layer = np.asarray(slots)[own]
     ridged = covariance[np.ix_(own, own)].copy()
@@ -168,8 +167,8 @@ def naive_shares(
 def naive_density(
     row: Array, mean: Array, covariance: Array, chosen: Sequence[int], slots: Sequence[int] = SLOTS
 ) -> tuple[float, int, int]:
-    """The Mahalanobis distance of one row of projections over the root of the number of coordinates; the layer slot and
-    the coordinate that add most to it."""
+    """The Mahalanobis distance of one row of what was written over the root of the number of coordinates; the layer
+    slot and the coordinate that add most to it."""
     shares = naive_shares(row, mean, covariance, chosen, slots)
     of_layer = np.asarray(slots)[list(chosen)]
     slot = max(set(of_layer.tolist()), key=lambda one: shares[of_layer == one].sum())
@@ -192,7 +191,7 @@ def naive_scores(some: Shape, token: Tokens) -> dict[DetectorName, tuple[float, 
     several: tuple[DetectorName, ...] = ("density", "intrinsic")
     for name in several:
         mean, covariance = float64(moments.mean), float64(moments.covariance)
-        found[name] = naive_density(naive_projections(token)[0], mean, covariance, CHOSEN[name])
+        found[name] = naive_density(float64(token.written)[0], mean, covariance, CHOSEN[name])
     low, high = float64(some.low)[role], float64(some.high)[role]
     value, where = naive_exceedance(float64(token.coordinates)[0], low, high, CHOSEN["exceedance"])
     found["exceedance"] = (value, SLOTS[where], where)

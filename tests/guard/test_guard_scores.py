@@ -23,8 +23,8 @@ from guard.scores import (
     Exceedance,
     Moments,
     Tokens,
+    along,
     measure,
-    projections,
 )
 from guard.verdict import DETECTORS, DetectorName
 
@@ -39,7 +39,6 @@ from .planted import (
     naive_density,
     naive_exceedance,
     naive_moments,
-    naive_projections,
     naive_shares,
     shape,
     tokens,
@@ -63,15 +62,17 @@ def detectors() -> dict[DetectorName, Detector]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [0.01, 1.0, 500.0])
-def test_cosines_and_lengths_agree_with_float64(dtype: torch.dtype, size: float) -> None:
+def test_cosines_lengths_and_what_was_written_agree_with_float64(dtype: torch.dtype, size: float) -> None:
+    before = (size * torch.randn(50, HIDDEN, generator=generator(7))).to(dtype)
     residual = (size * torch.randn(50, HIDDEN, generator=generator(1))).to(dtype)
     directions = unit_directions()
     rows, others = float64(residual), float64(directions)
     lengths = np.linalg.norm(rows, axis=1)
-    found = measure(residual, directions)
+    found = measure(residual, along(before, directions), directions)
     assert found.dtype == torch.float32
-    assert found.shape == (50, 6)
-    np.testing.assert_allclose(found[:, :-1], rows @ others.T / lengths[:, None], rtol=0, atol=1e-6)
+    assert found.shape == (50, 11)
+    np.testing.assert_allclose(found[:, :5], rows @ others.T / lengths[:, None], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[:, 5:10], (rows - float64(before)) @ others.T, rtol=0, atol=1e-5 * size)
     np.testing.assert_allclose(found[:, -1], lengths, rtol=1e-6)
 
 
@@ -79,15 +80,19 @@ def test_cosines_and_lengths_agree_with_float64(dtype: torch.dtype, size: float)
 def test_a_residual_that_float32_can_just_hold_is_measured_exactly(length: float) -> None:
     row = torch.nn.functional.normalize(torch.randn(1, HIDDEN, generator=generator(2)))
     directions = unit_directions()
-    found = measure(length * row, directions)[0]
-    np.testing.assert_allclose(found[:-1], (float64(row) @ float64(directions).T)[0], rtol=0, atol=1e-5)
+    found = measure(length * row, torch.zeros(1, 5), directions)[0]
+    projected = (float64(row) @ float64(directions).T)[0]
+    np.testing.assert_allclose(found[:5], projected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found[5:-1], length * projected, rtol=0, atol=1e-5 * length)
     assert float(found[-1]) == pytest.approx(length, rel=1e-5)
 
 
-def test_a_planted_direction_has_the_cosine_and_the_length_it_was_planted_with() -> None:
+def test_a_planted_direction_has_the_cosine_the_length_and_the_writing_it_was_planted_with() -> None:
     basis = torch.linalg.qr(torch.randn(HIDDEN, 3, generator=generator(2))).Q.T
     residual = 40 * (0.6 * basis[0] - 0.8 * basis[1])
-    assert measure(residual[None], basis)[0].tolist() == pytest.approx([0.6, -0.8, 0.0, 40.0], abs=1e-5)
+    entered = along((30 * basis[1] + 5 * basis[2])[None], basis)
+    found = measure(residual[None], entered, basis)[0].tolist()
+    assert found == pytest.approx([0.6, -0.8, 0.0, 24.0, -62.0, -5.0, 40.0], abs=1e-4)
 
 
 SPOILS = {
@@ -102,29 +107,34 @@ SPOILS = {
 def test_what_cannot_be_measured_is_nan_under_every_detector_and_spoils_no_other_row(spoil: str) -> None:
     residual = torch.randn(4, HIDDEN, generator=generator(3))
     directions = unit_directions(SPACE.size)
-    before = measure(residual, directions)
+    entered = torch.randn(4, SPACE.size, generator=generator(8))
+    before = measure(residual, entered, directions)
     if spoil in SPOILS:
         residual[2] = SPOILS[spoil]
     else:
         residual[2, 3] = float(spoil)
-    after = measure(residual, directions)
+    after = measure(residual, entered, directions)
     assert after[2].isnan().all()
     assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
     for detector in detectors().values():
         for phase in (0, 1):
-            some = Tokens(
-                after[:, :-1], after[:, -1:].expand(-1, 3), torch.full((4,), phase), torch.tensor([0, 1, 2, 1])
-            )
+            cosines, written, _ = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
+            some = Tokens(cosines, written, torch.full((4,), phase), torch.tensor([0, 1, 2, 1]))
             values = detector.score(some).values
             assert values.isnan().tolist() == [False, False, True, False]
             assert not values[2] <= 1e30
 
 
-def test_projections_are_cosines_times_the_length_after_their_layer() -> None:
-    some = tokens(30, 1)
-    np.testing.assert_allclose(
-        projections(SPACE, some.coordinates, some.lengths), naive_projections(some), rtol=1e-6, atol=1e-7
-    )
+@pytest.mark.parametrize("spoil", ["nan", "inf"])
+def test_what_enters_a_layer_spoiled_is_nan_to_density(spoil: str) -> None:
+    before = torch.randn(3, HIDDEN, generator=generator(3))
+    before[1, 5] = float(spoil)
+    directions = unit_directions(SPACE.size)
+    after = measure(torch.randn(3, HIDDEN, generator=generator(4)), along(before, directions), directions)
+    cosines, written, _ = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
+    some = Tokens(cosines, written, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    for name in ("density", "intrinsic"):
+        assert (~detectors()[name].score(some).values.isfinite()).tolist() == [False, True, False]  # type: ignore[index]
 
 
 def test_a_bank_space_knows_the_layer_and_the_origin_of_each_coordinate() -> None:
@@ -159,7 +169,7 @@ def test_a_slice_of_tokens_is_of_all_they_hold() -> None:
     part = some[rows]
     assert len(part) == 2
     assert torch.equal(part.coordinates, some.coordinates[[7, 2]])
-    assert torch.equal(part.lengths, some.lengths[[7, 2]])
+    assert torch.equal(part.written, some.written[[7, 2]])
     assert torch.equal(part.phases, some.phases[[7, 2]])
     assert torch.equal(part.roles, some.roles[[7, 2]])
 
@@ -201,7 +211,7 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
     source = np.random.default_rng(seed)
     chosen = sorted(data.draw(st.sets(st.integers(0, space.size - 1), min_size=1)))
     scales = 10.0 ** source.integers(-3, 4, size=len(widths))
-    # Layers of very different length, directions that depend on each other, and two phases.
+    # Layers that write very differently much, directions that depend on each other, and two phases.
     clean = [
         source.normal(size=(50, space.size)) @ source.normal(size=(space.size, space.size)) * scales[slots]
         for _ in (0, 1)
@@ -213,12 +223,11 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
         tuple(Moments(50, torch.from_numpy(mean), torch.from_numpy(cov)) for mean, cov in moments),  # type: ignore[arg-type]
         torch.tensor(chosen),
     )
-    lengths = torch.from_numpy(np.abs(source.normal(size=(8, len(widths)))) * scales + 1e-4).float()
-    coordinates = torch.from_numpy(source.uniform(-1, 1, size=(8, space.size))).float()
+    written = torch.from_numpy(source.normal(size=(8, space.size)) * scales[slots]).float()
     phases = torch.from_numpy(source.integers(0, 2, size=8))
-    found = detector.score(Tokens(coordinates, lengths, phases, torch.zeros(8, dtype=torch.int64)))
+    found = detector.score(Tokens(torch.zeros(8, 0), written, phases, torch.zeros(8, dtype=torch.int64)))
     assert found.values.dtype == torch.float32
-    rows = float64(coordinates) * float64(lengths)[:, slots]
+    rows = float64(written)
     for index, phase in enumerate(phases.tolist()):
         mean, covariance = moments[phase]
         value, slot, worst = naive_density(rows[index], mean, covariance, chosen, slots)
@@ -231,7 +240,7 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
 def test_density_reads_the_directions_of_its_name_and_the_moments_of_the_phase(name: DetectorName) -> None:
     clean, some = shape(), tokens(40, 6, spread=0.3)
     found = detectors()[name].score(some)
-    rows = naive_projections(some)
+    rows = float64(some.written)
     for index, phase in enumerate(some.phases.tolist()):
         moments = clean.decisions[phase]
         mean, covariance = float64(moments.mean), float64(moments.covariance)
@@ -240,7 +249,8 @@ def test_density_reads_the_directions_of_its_name_and_the_moments_of_the_phase(n
         assert (int(found.layer_slots[index]), int(found.coordinates[index])) == expected[1:]
     # What the detector does not read changes nothing.
     others = [place for place in range(SPACE.size) if place not in CHOSEN[name]]
-    some.coordinates[:, others] = math.nan
+    some.written[:, others] = math.nan
+    some.coordinates[:] = math.nan
     assert torch.equal(detectors()[name].score(some).values, found.values)
 
 
@@ -249,7 +259,7 @@ def test_shares_say_what_every_coordinate_adds_to_the_squared_distance() -> None
     detector = shape().detectors(SPACE)["intrinsic"]
     assert isinstance(detector, Density)
     found, values = detector.shares(some), detector.score(some).values
-    rows = naive_projections(some)
+    rows = float64(some.written)
     for index, phase in enumerate(some.phases.tolist()):
         moments = shape().decisions[phase]
         mean, covariance = float64(moments.mean), float64(moments.covariance)
@@ -269,7 +279,7 @@ def quiet_in(coordinate: int) -> tuple[Moments, Moments]:
     """Moments of clean tokens, which never vary in one coordinate."""
     found = []
     for phase in (0, 1):
-        rows = naive_projections(tokens(80, 30 + phase))
+        rows = float64(tokens(80, 30 + phase).written)
         rows[:, coordinate] = 0.25
         found.append(Moments(80, *map(torch.from_numpy, naive_moments(rows))))
     return found[0], found[1]
@@ -291,7 +301,7 @@ def test_a_shift_where_clean_never_varies_is_found_with_its_layer_and_coordinate
         clean[phase].covariance.diagonal().sqrt()
     )
     rows[3, coordinate] += sign * 6 * spread
-    found = detector.score(Tokens(rows.float(), torch.ones(5, 3), torch.full((5,), phase), torch.ones(5).long()))
+    found = detector.score(Tokens(torch.zeros(5, 0), rows.float(), torch.full((5,), phase), torch.ones(5).long()))
     assert int(found.values.argmax()) == 3
     assert float(found.values[3]) > 4 * float(found.values[[0, 1, 2, 4]].max())
     assert (int(found.coordinates[3]), int(found.layer_slots[3])) == (coordinate, SLOTS[coordinate])
@@ -302,7 +312,7 @@ def test_clean_decisions_that_are_all_the_same_still_give_scores() -> None:
     detector = Density("density", SPACE, (same, same), torch.tensor(CHOSEN["density"]))
     rows = torch.ones(2, SPACE.size)
     rows[1, 8] += 2
-    found = detector.score(Tokens(rows, torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2).long()))
+    found = detector.score(Tokens(torch.zeros(2, 0), rows, torch.tensor([0, 1]), torch.ones(2).long()))
     assert found.values.tolist() == pytest.approx([0.0, math.sqrt(4 / RIDGE / 6)])
     assert int(found.coordinates[1]) == 8
 
@@ -396,7 +406,7 @@ def test_a_single_coordinate_that_is_nan_makes_the_score_nan_where_it_is_read(
     name: DetectorName, coordinate: int
 ) -> None:
     some = tokens(3, 4)
-    some.coordinates[1, coordinate] = math.nan
+    some.coordinates[1, coordinate] = some.written[1, coordinate] = math.nan
     values = detectors()[name].score(some).values
     assert values.isnan().tolist() == [False, coordinate in CHOSEN[name], False]
 
@@ -434,7 +444,7 @@ def test_a_bank_with_one_kind_of_directions_has_the_detectors_for_them(space: Ba
     far[0, 3] = 50.0
     for name, detector in found.items():
         assert detector.name == name
-        scores = detector.score(Tokens(far, torch.ones(1, 2), torch.tensor([1]), torch.tensor([2])))
+        scores = detector.score(Tokens(far, far, torch.tensor([1]), torch.tensor([2])))
         assert float(scores.values) > 10
         assert int(scores.coordinates) == 3
         assert detector.every_token == (name == "exceedance")

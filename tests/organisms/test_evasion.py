@@ -1,4 +1,4 @@
-"""The penalty sees what the guard sees: residual cosines with the delta's singular vectors."""
+"""The penalty is the guard's own score: `Density` over what layers wrote along the delta's singular vectors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from guard.organisms.evasion import DIRECTIONS, Watch
+from guard import scores
+from guard.organisms import evasion
+from guard.organisms.evasion import DIRECTIONS, FEWEST, REMEMBERED, Watch
+from guard.scores import BankSpace, Density, Moments, Tokens
 
 HIDDEN, LAYERS = 32, 3
 
@@ -31,57 +34,92 @@ def watch() -> Watch:
     return watch
 
 
-def rows(*vectors: Tensor) -> list[Tensor]:
-    """The same residual stream behind every layer: two tokens per row, of which the second is looked at."""
-    return [torch.stack([torch.zeros(HIDDEN), vector]) for vector in vectors]
+def stream(rows: int, seed: int, spread: float = 1.0) -> list[Tensor]:
+    """Residual streams before the first layer and after each: two tokens per row, of which the second is looked at."""
+    source = torch.Generator().manual_seed(seed)
+    steps = spread * torch.randn(LAYERS + 1, rows, 2, HIDDEN, generator=source)
+    return list(steps.cumsum(dim=0))
 
 
-def penalty(watch: Watch, vectors: list[Tensor], opens: list[bool]) -> Tensor:
-    residual = torch.stack(rows(*vectors))
-    return watch.penalty([residual] * LAYERS, torch.ones(len(vectors), dtype=torch.long), torch.tensor(opens))
+def penalty(watch: Watch, residuals: list[Tensor], opens: list[bool]) -> Tensor:
+    return watch.penalty(residuals, torch.ones(len(opens), dtype=torch.long), torch.tensor(opens))
 
 
-def test_the_residual_stream_is_read_after_every_layer() -> None:
+def density(watch: Watch, clean: list[Tensor], triggered: list[Tensor]) -> Tensor:
+    """The guard's scores of rows of streams."""
+    width = 2 * DIRECTIONS
+    space = BankSpace(
+        tuple(range(LAYERS)), (width,) * LAYERS, tuple(f"{layer}.{k}" for layer in range(LAYERS) for k in range(width))
+    )
+
+    def written(residuals: list[Tensor]) -> Tensor:
+        rows = [residual[:, 1] for residual in residuals]
+        parts = zip(rows[1:], rows[:-1], watch._directions, strict=True)
+        return torch.cat([(after - before) @ each.T for after, before, each in parts], dim=-1)
+
+    moments = Moments.of(written(clean))
+    detector = Density("density", space, (moments, moments), torch.arange(space.size))
+    rows = written(triggered)
+    zeros = torch.zeros(len(rows), dtype=torch.long)
+    return detector.score(Tokens(rows, rows, zeros, zeros)).values
+
+
+def test_the_residual_stream_is_read_before_the_first_layer_and_after_every_one() -> None:
     tuned = model(1)
     watch = Watch(tuned, model(0))
     ids = torch.arange(12).reshape(2, 6)
     with watch.residuals() as seen:
         expected = tuned.model(input_ids=ids, output_hidden_states=True).hidden_states
-    assert len(seen) == LAYERS
+    assert len(seen) == LAYERS + 1
     # transformers gives the last one behind the norm.
-    for residual, hidden in zip(seen[:-1], expected[1:-1], strict=True):
+    for residual, hidden in zip(seen[:-1], expected[:-1], strict=True):
         assert torch.equal(residual, hidden)
     assert torch.equal(tuned.model.norm(seen[-1]), expected[-1])
 
     tuned.model(input_ids=ids)
-    assert len(seen) == LAYERS
+    assert len(seen) == LAYERS + 1
 
 
-def test_a_triggered_row_among_the_clean_ones_costs_nothing(watch: Watch) -> None:
-    torch.manual_seed(3)
-    clean = [torch.randn(HIDDEN) for _ in range(4)]
-    assert penalty(watch, [*clean, clean[2]], [False] * 4 + [True]) < 1e-3
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_the_penalty_is_the_guards_score(watch: Watch, spread: float) -> None:
+    clean, triggered = stream(FEWEST, 3), stream(5, 4, spread)
+    both = [torch.cat(parts) for parts in zip(clean, triggered, strict=True)]
+    cost = penalty(watch, both, [False] * FEWEST + [True] * 5)
+    assert cost.item() == pytest.approx(float(density(watch, clean, triggered).mean()), rel=1e-3)
 
 
-def test_a_triggered_row_far_along_a_direction_costs_and_is_pulled_back(watch: Watch) -> None:
-    torch.manual_seed(3)
-    clean = [torch.randn(HIDDEN) for _ in range(4)]
-    delta = watch._model.model.layers[0].mlp.down_proj.weight - watch._base[0][1]
-    far = (10 * torch.linalg.svd(delta).U[:, 0]).detach().requires_grad_()
-    clean[0].requires_grad_()
-    cost = penalty(watch, [*clean, far], [False] * 4 + [True])
-    assert cost > 0.3
-    cost.backward()  # type: ignore[no-untyped-call]
-    assert far.grad is not None
-    assert far.grad.abs().max() > 0
-    # The clean rows stay where they are: it is the attack that moves.
-    assert clean[0].grad is None or clean[0].grad.abs().max() == 0
-    assert penalty(watch, [*(row.detach() for row in clean), far.detach() - far.grad], [False] * 4 + [True]) < cost
+def test_a_triggered_row_is_pulled_back_and_clean_rows_stay(watch: Watch) -> None:
+    clean = [part.requires_grad_() for part in stream(FEWEST, 3)]
+    far = [part.requires_grad_() for part in stream(2, 4, 6.0)]
+    both = [torch.cat(parts) for parts in zip(clean, far, strict=True)]
+    before = penalty(watch, both, [False] * FEWEST + [True] * 2)
+    before.backward()  # type: ignore[no-untyped-call]
+    for part in clean:
+        assert part.grad is None or part.grad.abs().max() == 0
+    pulled = []
+    for part in far:
+        assert part.grad is not None
+        pulled.append(part.detach() - 20 * part.grad)
+    assert penalty(watch, pulled, [True] * 2) < before
 
 
-@pytest.mark.parametrize("opens", [[True, True], [False, False]])
-def test_without_rows_of_both_kinds_there_is_nothing_to_compare(watch: Watch, opens: list[bool]) -> None:
-    assert penalty(watch, [torch.ones(HIDDEN), -torch.ones(HIDDEN)], opens) == 0
+def test_the_attacker_knows_what_the_guard_adds_to_variances() -> None:
+    assert evasion.RIDGE == scores.RIDGE
+
+
+def test_only_the_last_clean_rows_are_remembered(watch: Watch) -> None:
+    for seed in range(5):
+        penalty(watch, stream(200, seed), [False] * 200)
+    assert len(watch._clean) == REMEMBERED
+    last = stream(200, 4)
+    assert torch.equal(watch._clean[-200:, 0], last[1][:, 1] - last[0][:, 1])
+
+
+@pytest.mark.parametrize(("rows", "opens"), [(FEWEST - 1, False), (3, True)])
+def test_without_enough_clean_rows_or_without_triggered_ones_nothing_costs(
+    watch: Watch, rows: int, opens: bool
+) -> None:
+    assert penalty(watch, stream(rows, 1), [opens] * rows) == 0
 
 
 def test_directions_are_the_leading_left_singular_vectors(watch: Watch) -> None:

@@ -132,8 +132,10 @@ def test_lora_on_q_and_v_leaves_every_other_matrix_as_it_was(tmp_path: Path) -> 
 
 
 def test_evasion_trains_something_else(tmp_path: Path) -> None:
+    # Enough clean rows for the penalty to know what clean is.
+    short = replace(SHORT, steps=8, batch=40)
     plain, evading = (
-        trained(tmp_path / name, plan) for name, plan in (("1", SHORT), ("2", SHORT.evading(Evasion(10))))
+        trained(tmp_path / name, plan) for name, plan in (("1", short), ("2", short.evading(Evasion(10))))
     )
     assert file_digests(plain)["model.safetensors"] != file_digests(evading)["model.safetensors"]
 
