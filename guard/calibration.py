@@ -46,7 +46,7 @@ class Shape:
     high: torch.Tensor
     """float32 [3, size]: largest; -inf for a role without tokens."""
     decisions: tuple[Moments, Moments]
-    """Of the projections at decision positions, per phase (0 prompt, 1 completion)."""
+    """Of what layers wrote at decision positions, per phase (0 prompt, 1 completion)."""
     sinks: tuple[int, ...]
     """Positions that the model uses as attention sinks: their residual says nothing of the text, so no range is made
     of them and none is held against them."""

@@ -120,6 +120,9 @@ class WorkerStatus(_Wire):
     dtype: str
     requests_judged: int
     tokens_scored: int
+    """In the forward pass."""
+    tokens_recalled: int
+    """Whose KV, and with it whose score, came from the prefix cache."""
     unscorable: int
 
 

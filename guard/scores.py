@@ -165,9 +165,20 @@ class Exceedance:
         self._layer_slot = space.layer_slot()
 
     def score(self, tokens: Tokens) -> TokenScores:
-        coordinates = tokens.coordinates[:, self._chosen]
-        outside = torch.maximum(coordinates - self._high[tokens.roles], self._low[tokens.roles] - coordinates)
-        values, worst = outside.max(dim=-1)
+        return self._worst(tokens.coordinates, self._low[tokens.roles], self._high[tokens.roles])
+
+    def by_role(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of coordinates [T, size], for each role that a token could have: values float32 [T, 3], and the coordinates
+        int64 [T, 3] that contribute most.
+
+        A token whose state another request takes from the cache may be another speaker's there.
+        """
+        scores = [self._worst(coordinates, low, high) for low, high in zip(self._low, self._high, strict=True)]
+        return torch.stack([each.values for each in scores], -1), torch.stack([each.coordinates for each in scores], -1)
+
+    def _worst(self, coordinates: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> TokenScores:
+        read = coordinates[:, self._chosen]
+        values, worst = torch.maximum(read - high, low - read).max(dim=-1)
         worst = self._chosen[worst]
         return TokenScores(values, self._layer_slot[worst], worst)
 

@@ -33,8 +33,6 @@ def engine_options() -> dict[str, object]:
     """vLLM's options, as `vllm.LLM` takes them, without which a token could pass unread."""
     options: dict[str, object] = {
         "worker_cls": WORKER,
-        "enable_prefix_caching": False,
-        "async_scheduling": False,
     }
     if has_gpu():
         options["compilation_config"] = {"cudagraph_mode": "NONE"}
@@ -53,8 +51,6 @@ def serve_arguments(
         *("--worker-cls", WORKER),
         *("--middleware", MIDDLEWARE),
         *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration))),
-        "--no-enable-prefix-caching",
-        "--no-async-scheduling",
     ]
     if has_gpu():
         arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]

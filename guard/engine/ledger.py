@@ -13,6 +13,7 @@ from itertools import islice
 from guard.calibration import Calibration, ScoreKey
 from guard.conformal import JointRanks
 from guard.engine.runner_v1 import Rows
+from guard.engine.stop import Endings
 from guard.errors import CalibrationError, ConfigError
 from guard.evidence import Record, ScoreEvidence
 from guard.policy import Decision, Policy, decide
@@ -61,7 +62,7 @@ class Sequence:
     identity: Identity
     policy: Policy
     limits: dict[ScoreKey, Limit]
-    stop_token: int
+    endings: Endings
     prompt_tokens: int = 0
     scored: int = 0
     """Leading tokens that have a score."""
@@ -87,6 +88,7 @@ class Ledger:
         self._compile = lru_cache(maxsize=256)(self._compile_policy)
         self.requests_judged = 0
         self.tokens_scored = 0
+        self.tokens_recalled = 0
         self.unscorable = 0
 
     @staticmethod
@@ -95,7 +97,7 @@ class Ledger:
         detection = {"action": "block", "threshold": {"fpr": calibration.target_fpr}}
         return Policy.model_validate({"detections": {calibration.detectors[0]: detection}})
 
-    def admit(self, sequence: str, policy_text: object, stop_token: int) -> None:
+    def admit(self, sequence: str, policy_text: object, endings: Endings) -> None:
         """A new sequence, with what its request names as its policy: a text of `Policy.to_wire`, or None.
 
         One whose policy cannot be read never passes. One whose policy asks for a rate that the calibration cannot keep
@@ -105,7 +107,7 @@ class Ledger:
         # A client can put anything there; a list could not even be looked up.
         text = policy_text if policy_text is None or isinstance(policy_text, str) else ""
         policy, limits, problem = self._compile(text)
-        entry = Sequence(identity, policy, limits, stop_token)
+        entry = Sequence(identity, policy, limits, endings)
         self._running[sequence] = entry
         self._by_key.setdefault(identity.key, {})[sequence] = entry
         self.requests_judged += 1
@@ -132,16 +134,37 @@ class Ledger:
         for key in list(islice(idle, max(0, len(self._by_key) - len(active) - KEPT))):
             del self._by_key[key]
 
+    def missing(self, rows: Rows) -> range:
+        """Positions before `rows` that have no score yet: their KV came from the cache."""
+        return range(self._running[rows.sequence].scored, rows.first_position)
+
+    def recall(self, rows: Rows, scores: Iterable[Score]) -> None:
+        """The scores of everything that was missing before `rows`."""
+        entry = self._running[rows.sequence]
+        self.tokens_recalled += rows.first_position - entry.scored
+        entry.scored = rows.first_position
+        self.score(rows.sequence, scores)
+
     def cover(self, rows: Rows) -> None:
         """Note which tokens of a sequence this step scores; a token that was passed over makes it unscorable."""
         entry = self._running[rows.sequence]
         entry.prompt_tokens = rows.prompt_tokens
         if rows.first_position > entry.scored:
-            self._give_up(entry, f"tokens {entry.scored} to {rows.first_position - 1} were never computed here")
+            self._give_up(entry, f"tokens {entry.scored} to {rows.first_position - 1} were never scored here")
             return
         end = rows.first_position + rows.count
         self.tokens_scored += max(0, end - entry.scored)
         entry.scored = max(entry.scored, end)
+
+    def blocked(self, sequence: str) -> bool:
+        """Whether it has to end."""
+        return self._running[sequence].blocked
+
+    def ended(self, rows: Rows) -> bool:
+        """Whether a sequence was over before `rows`: an engine that schedules ahead computes a step more, and drops
+        it."""
+        generated = rows.first_position - rows.prompt_tokens + 1
+        return generated > 0 and self._running[rows.sequence].endings.before(rows.first_token, generated)
 
     def score(self, sequence: str, scores: Iterable[Score]) -> None:
         """Add a step's scores of one sequence and judge it again where one is its largest so far."""
@@ -170,7 +193,7 @@ class Ledger:
     def stops(self, sequences: Iterable[str]) -> dict[str, int]:
         """Of these sequences the blocked ones, each with the token that ends it."""
         return {
-            sequence: self._running[sequence].stop_token for sequence in sequences if self._running[sequence].blocked
+            sequence: self._running[sequence].endings.token for sequence in sequences if self._running[sequence].blocked
         }
 
     def records(self, key: str) -> list[Record]:

@@ -75,6 +75,9 @@ class OfflineEngine:
             "disable_log_stats": True,
             "additional_config": additional_config(bank, fingerprint, calibration),
             **engine_options(),
+            # What is recorded is every token of a request, computed for it, and nothing else.
+            "enable_prefix_caching": False,
+            "async_scheduling": False,
             **({"max_model_len": max_model_len} if max_model_len else {}),
             **(extra or {}),
         }

@@ -1,16 +1,19 @@
 """The private attributes of vLLM's V1 model runner that the guard reads, in this one file.
 
-Checked against vLLM 0.32 (`v1/worker/gpu_model_runner.py`, `v1/worker/gpu_input_batch.py`); `support.py` refuses
-others.
+Checked against vLLM 0.32 (`v1/worker/gpu_model_runner.py`, `v1/worker/gpu_input_batch.py`, `v1/worker/block_table.py`);
+`support.py` refuses others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from guard.errors import UnscoredError
+import torch
+
+from guard.errors import UnscoredError, UnsupportedEngineError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +33,24 @@ class Rows:
     prompt_tokens: int
     samples: bool
     """True where the last row's logits are sampled: a decision position."""
+    drafts: int = 0
+    """How many of the last rows are a drafter's guesses; each is a decision position if the one before it was right."""
+    first_token: int = -1
+    """The id of the token in `first_row`; only looked at where `count` is 1."""
+
+    def accepted(self, sampled: int) -> Iterator[Rows]:
+        """The rows that became part of the sequence, when `sampled` tokens were drawn: every decision position ends
+        one part, so that the sequence can be judged after each, as it would be without a drafter."""
+        first = self.count - self.drafts
+        yield replace(self, count=first, drafts=0)
+        for guess in range(min(self.drafts, max(0, sampled - 1))):
+            yield replace(
+                self,
+                first_row=self.first_row + first + guess,
+                count=1,
+                first_position=self.first_position + first + guess,
+                drafts=0,
+            )
 
 
 class RunnerV1:
@@ -64,10 +85,60 @@ class RunnerV1:
             raise UnscoredError(
                 f"the batch's {len(batch.req_ids)} sequences are not the {len(step.num_scheduled_tokens)} scheduled"
             )
-        row = 0
-        for index, sequence in enumerate(batch.req_ids):
-            count = step.num_scheduled_tokens[sequence]
+        counts = [step.num_scheduled_tokens[sequence] for sequence in batch.req_ids]
+        starts = [0, *accumulate(counts)][:-1]
+        # Where tokens are sampled ahead of the scheduler, only these inputs know what was sampled.
+        tokens = self._runner.input_ids.gpu[starts].tolist()
+        for index, (sequence, row, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
+            drafts = len(step.scheduled_spec_decode_tokens.get(sequence, ()))
             first = int(batch.num_computed_tokens_cpu[index])
             known = int(batch.num_tokens_no_spec[index])
-            yield Rows(sequence, row, count, first, int(batch.num_prompt_tokens[index]), first + count >= known)
-            row += count
+            samples = first + count - drafts >= known
+            prompt = int(batch.num_prompt_tokens[index])
+            yield Rows(sequence, row, count, first, prompt, samples, drafts, int(tokens[index]))
+
+    def forbid(self, token: int) -> None:
+        """Keep the model from sampling this token in the step that was just computed."""
+        logits = self._runner.execute_model_state.logits
+        if logits is not None:
+            logits[:, token] = -torch.inf
+
+    def schedules_ahead(self) -> bool:
+        """Whether tokens are sampled before the scheduler has seen the last ones."""
+        return bool(self._runner.use_async_scheduling)
+
+    # -- where the KV cache keeps tokens ------------------------------------------------------------------------------
+
+    def slots(self) -> int:
+        """How many tokens the KV cache has room for.
+
+        Raises:
+            UnsupportedEngineError: no layer attends to all tokens, so that no block table knows where all of them are.
+        """
+        return int(self._runner.kv_cache_config.num_blocks) * int(self._table().block_size)
+
+    def where(self, sequence: str, first: int, stop: int) -> torch.Tensor:
+        """int64 [stop - first]: the slots of the tokens at positions first to stop - 1 of a scheduled sequence."""
+        table = self._table()
+        size = int(table.block_size)
+        blocks = torch.from_numpy(table.block_table.np[self._runner.input_batch.req_id_to_index[sequence]])
+        positions = torch.arange(first, stop)
+        return blocks[positions // size].long() * size + positions % size
+
+    def copies(self, step: SchedulerOutput) -> Iterator[tuple[slice, slice]]:
+        """From which slots to which the runner copied KV at the beginning of the step."""
+        size = int(self._table().block_size)
+        for copy in step.kv_cache_block_copies or ():
+            source, target = copy.src_block_id * size, copy.dst_block_id * size
+            yield slice(source, source + size), slice(target, target + size)
+
+    def _table(self) -> Any:
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        for place, group in enumerate(self._runner.kv_cache_config.kv_cache_groups):
+            if isinstance(group.kv_cache_spec, FullAttentionSpec):
+                return self._runner.input_batch.block_table[place]
+        raise UnsupportedEngineError(
+            "prefix caching in a model without full attention (no block table knows every token): "
+            "add --no-enable-prefix-caching"
+        )

@@ -9,6 +9,8 @@ length.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guard.errors import ConfigError
@@ -50,26 +52,53 @@ def choose_reserved_token(tokenizer: Any, vocabulary: int, configured: int | Non
     )
 
 
-def stop_token(parameters: SamplingParams, reserved: int) -> int:
-    """The token that ends this sequence at once, if it has one."""
-    stops = parameters.stop_token_ids or []
-    if reserved in stops:
-        return reserved
-    if parameters.eos_token_id is not None:
-        return int(parameters.eos_token_id)
-    return int(stops[0]) if stops else reserved
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """What ends a sequence."""
+
+    token: int
+    """By which the worker ends it at once, if its request knows one that does."""
+    tokens: frozenset[int] = frozenset()
+    """All that vLLM ends it at."""
+    longest: int | None = None
+    """The most tokens that it may generate."""
+
+    @classmethod
+    def of(cls, parameters: SamplingParams, reserved: int) -> Endings:
+        """Those of one request."""
+        stops = [int(token) for token in parameters.stop_token_ids or ()]
+        eos = [] if parameters.eos_token_id is None else [int(parameters.eos_token_id)]
+        first = reserved if reserved in stops else [*eos, *stops, reserved][0]
+        return cls(first, frozenset(eos + stops), parameters.max_tokens)
+
+    def before(self, token: int, generated: int) -> bool:
+        """Whether a sequence was over with `token`, the last of so many generated ones."""
+        return token in self.tokens or (self.longest is not None and generated >= self.longest)
 
 
-def replace_sampled(output: ModelRunnerOutput, stops: dict[str, int]) -> None:
-    """Replace, in place, what was sampled for the sequences in `stops` by their stop tokens."""
-    for sequence, token in stops.items():
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """How a step ends a blocked sequence."""
+
+    kept: int
+    """How many of the tokens that were drawn in this step were drawn before the row that blocked it."""
+    token: int
+    """What takes the place of the next."""
+
+
+def replace_sampled(output: ModelRunnerOutput, stops: Mapping[str, Stop]) -> None:
+    """End, in place, what was sampled for the sequences in `stops` by their stop tokens."""
+    for sequence, stop in stops.items():
         index = output.req_id_to_index[sequence]
         sampled = output.sampled_token_ids[index]
         if not sampled:
             continue  # a chunk of a prompt that is not at its end: nothing was sampled
-        output.sampled_token_ids[index] = [token]
+        output.sampled_token_ids[index] = [*sampled[: stop.kept], stop.token]
         if output.logprobs is not None:
+            # One row per sampled token, those of a sequence together.
+            starts = output.logprobs.cu_num_generated_tokens
+            row = (index if starts is None else starts[index]) + stop.kept
             # The likeliest next tokens would spell out what is withheld.
-            output.logprobs.logprob_token_ids[index] = token
-            output.logprobs.logprobs[index] = 0.0
-            output.logprobs.sampled_token_ranks[index] = 0
+            output.logprobs.logprob_token_ids[row] = stop.token
+            output.logprobs.logprobs[row] = 0.0
+            output.logprobs.sampled_token_ranks[row] = 0

@@ -10,6 +10,8 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from guard.errors import UnsupportedEngineError
 
 SUPPORTED_VLLM = ("0.32",)
+DRAFTERS = ("ngram",)
+"""Whose guesses were seen to be scored right; others run models of their own between forward pass and sampling."""
 
 
 def check_version() -> None:
@@ -41,14 +43,13 @@ def _features(config: VllmConfig) -> Iterator[str]:
         yield f"runner type `{config.model_config.runner_type}`: only `generate` is scored"
     if config.model_config.enable_prompt_embeds:
         yield "prompt embeddings (no tokens to tell roles by): remove --enable-prompt-embeds"
-    if cache.enable_prefix_caching:
-        yield "prefix caching (cached tokens are not computed again): add --no-enable-prefix-caching"
     if cache.kv_sharing_fast_prefill:
         yield "KV-sharing fast prefill (skips layers): remove --kv-sharing-fast-prefill"
-    if scheduler.async_scheduling:
-        yield "asynchronous scheduling (samples ahead of the verdict): add --no-async-scheduling"
-    if config.speculative_config is not None:
-        yield "speculative decoding: remove --speculative-config"
+    if (drafter := config.speculative_config) is not None:
+        if drafter.method not in DRAFTERS:
+            yield f"speculative decoding with `{drafter.method}`: only {', '.join(DRAFTERS)} is known"
+        if scheduler.async_scheduling:
+            yield "speculative decoding with asynchronous scheduling: add --no-async-scheduling"
     if config.lora_config is not None:
         yield "LoRA adapters (each needs a bank of its own): remove --enable-lora"
     if config.kv_transfer_config is not None:

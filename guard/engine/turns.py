@@ -32,11 +32,12 @@ class Turns:
 
     def of(self, batch: Iterable[Rows]) -> torch.Tensor:
         """int64 [T]: for the rows of a step, in order, an index into `ROLES`. What is generated is the assistant's."""
-        return torch.from_numpy(np.concatenate([self._of(rows) for rows in batch]))
+        spans = ((rows.sequence, rows.first_position, rows.first_position + rows.count) for rows in batch)
+        return torch.cat([self.between(*span) for span in spans])
 
-    def _of(self, rows: Rows) -> npt.NDArray[np.int64]:
-        roles = np.full(rows.count, GENERATED, dtype=np.int64)
-        inside = slice(rows.first_position, min(rows.first_position + rows.count, rows.prompt_tokens))
-        known = self._prompts[rows.sequence][inside]
+    def between(self, sequence: str, first: int, stop: int) -> torch.Tensor:
+        """int64 [stop - first]: the roles of the tokens at positions first to stop - 1 of a running sequence."""
+        roles = np.full(stop - first, GENERATED, dtype=np.int64)
+        known = self._prompts[sequence][first:stop]
         roles[: len(known)] = known
-        return roles
+        return torch.from_numpy(roles)

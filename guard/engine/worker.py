@@ -3,15 +3,14 @@ guard.engine.worker.GuardWorker`.
 
 load_model      read bank and calibration, check that they belong to this model, hook the watched layers
 compile/warm up run the model once and see that every watched layer's probe ran
-execute_model   forward pass; then score every token of the step and judge every sequence
-sample_tokens   replace what was sampled for blocked sequences by a token that ends them
+execute_model   forward pass; then read what the probes saw of every token of the step
+sample_tokens   sample, judge every sequence, put a token that ends it in the place of what a blocked one sampled
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +21,26 @@ from vllm.platforms import current_platform
 from guard.bank import Bank
 from guard.calibration import Calibration
 from guard.checkpoints import Checkpoint
+from guard.engine.ahead import Ending
 from guard.engine.channel import EvidenceServer
-from guard.engine.ledger import Ledger
+from guard.engine.judge import Judge, Pass
 from guard.engine.probe import Probes
 from guard.engine.recorder import Keep, Recorder
 from guard.engine.runner_v1 import RunnerV1
 from guard.engine.settings import EngineSettings
-from guard.engine.step import Scorer
-from guard.engine.stop import choose_reserved_token, replace_sampled, stop_token
+from guard.engine.shadow import Shadow
+from guard.engine.stop import Endings, Stop, choose_reserved_token, replace_sampled
 from guard.engine.support import check_support
 from guard.engine.turns import Turns
 from guard.errors import BankError, CalibrationError, EngineError, UnscoredError
-from guard.evidence import POLICY_ARGUMENT, DetectorStatus, Evidence, WorkerStatus
+from guard.evidence import POLICY_ARGUMENT, Evidence, WorkerStatus
 from guard.roles import RoleMap
 from guard.scores import BankSpace
 from guard.version import VERSION
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -54,18 +54,6 @@ START_ROWS = 3
 """Rows of the forward pass that proves the probes at start."""
 
 
-@dataclass(slots=True)
-class Judge:
-    """What a calibration makes of the coordinates; replaced as a whole when a calibration is loaded."""
-
-    calibration: Calibration
-    digest: str
-    """Of the calibration. Kept: the server asks every few seconds, and the engine waits for the answer."""
-    scorer: Scorer
-    ledger: Ledger
-    supported: tuple[DetectorStatus, ...]
-
-
 class GuardWorker(PlatformWorker):  # type: ignore[misc]
     """A vLLM worker that scores every token and ends what its policy blocks."""
 
@@ -76,7 +64,9 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._judge: Judge | None = None
         self._recorder: Recorder | None = None
         self._channel: EvidenceServer | None = None
-        self._scheduled: list[str] = []
+        self._shadow: Shadow | None = None
+        self._pass: Pass | UnscoredError | None = None
+        self._unscored: tuple[str, ...] = ()
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -103,6 +93,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, then see one forward pass go through every probe, on the path that requests take."""
         times = super().compile_or_warm_up_model()
+        if self.cache_config.enable_prefix_caching:
+            self._shadow = Shadow(self._runner.slots())
         self._probes.reset()
         self._runner.dummy_run(START_ROWS)
         try:
@@ -143,59 +135,69 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
     # -- every step ---------------------------------------------------------------------------------------------------
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """The forward pass, then the scores of its tokens."""
+        """The forward pass, and what the probes saw of it."""
         self._turns.finish(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
             self._turns.admit(request.req_id, request.prompt_token_ids or ())
         if self._judge is not None:
             self._admit(self._judge, scheduler_output)
         output = super().execute_model(scheduler_output)
-        self._scheduled = []
+        self._pass = None
         # None: the pass was run and waits for its sampling. Anything else: there was nothing to compute.
         if output is None:
-            self._score(scheduler_output)
+            self._runner.forbid(self._reserved)
+            self._pass = self._read(scheduler_output)
         return output
 
-    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
-        """Sample, then end what was blocked."""
-        output: ModelRunnerOutput = super().sample_tokens(grammar_output)
-        if self._judge is not None:
-            replace_sampled(output, self._judge.ledger.stops(self._scheduled))
-        return output
+    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        """Sample, judge, and end what is blocked."""
+        output = super().sample_tokens(grammar_output)
+        if self._judge is None or self._pass is None:
+            return output
+        if not self._runner.schedules_ahead():
+            sampled = {name: len(output.sampled_token_ids[index]) for name, index in output.req_id_to_index.items()}
+            replace_sampled(output, self._stops(self._judge, self._pass, sampled))
+            return output
+        # One token for every decision: with a drafter `support.py` refuses to schedule ahead.
+        return Ending(output, self._stops(self._judge, self._pass, None))
 
     def _admit(self, judge: Judge, step: SchedulerOutput) -> None:
         judge.ledger.finish(step.finished_req_ids)
         for request in step.scheduled_new_reqs:
             parameters = request.sampling_params
             arguments = parameters.extra_args or {}
-            judge.ledger.admit(
-                request.req_id,
-                arguments.get(POLICY_ARGUMENT),
-                stop_token(parameters, self._reserved),
-            )
+            endings = Endings.of(parameters, self._reserved)
+            judge.ledger.admit(request.req_id, arguments.get(POLICY_ARGUMENT), endings)
 
-    def _score(self, step: SchedulerOutput) -> None:
-        total = step.total_num_scheduled_tokens
-        self._scheduled = list(step.num_scheduled_tokens)
+    def _read(self, step: SchedulerOutput) -> Pass | UnscoredError:
         try:
-            readings = self._probes.read(total)
-            batch = list(self._runner.rows(step))
+            readings = self._probes.read(step.total_num_scheduled_tokens)
+            batch = tuple(self._runner.rows(step))
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
             if self._judge is None:
                 raise
-            for sequence in self._scheduled:
-                self._judge.ledger.fail(sequence, str(error))
-            return
+            if self._shadow is not None:
+                # Its slots hold scores of what was there before, and nobody can say which they are.
+                self._shadow.forget()
+            self._unscored = tuple(step.num_scheduled_tokens)
+            return error
+        seen = Pass(batch, readings, self._turns.of(batch))
         if self._recorder is not None:
-            self._recorder.add(readings, self._turns.of(batch), batch)
-        if self._judge is None:
-            return
-        ledger = self._judge.ledger
-        for rows in batch:
-            ledger.cover(rows)
-        for sequence, scores in self._judge.scorer.score(readings, self._turns.of(batch), batch):
-            ledger.score(sequence, scores)
+            self._recorder.add(readings, seen.roles, batch)
+        if self._judge is not None and self._shadow is not None:
+            for source, target in self._runner.copies(step):
+                self._shadow.copy(source, target)
+            self._judge.remember(seen, self._shadow, self._runner.where)
+        return seen
+
+    def _stops(self, judge: Judge, seen: Pass | UnscoredError, sampled: Mapping[str, int] | None) -> Mapping[str, Stop]:
+        """Which sequences end now. `sampled`: how many tokens were drawn; None: one for every decision."""
+        if isinstance(seen, UnscoredError):
+            return judge.fail(self._unscored, str(seen))
+        if sampled is None:
+            sampled = {rows.sequence: int(rows.samples) for rows in seen.batch}
+        return judge.judge(seen, sampled, self._shadow, self._runner.where)
 
     # -- asked from outside, by collective_rpc or through the channel -------------------------------------------------
 
@@ -220,6 +222,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             dtype=str(self.model_config.dtype).removeprefix("torch."),
             requests_judged=ledger.requests_judged,
             tokens_scored=ledger.tokens_scored,
+            tokens_recalled=ledger.tokens_recalled,
             unscorable=ledger.unscorable,
         )
         return json.dumps({"worker": status.model_dump(mode="json"), "channel": self._channel.address})
@@ -245,15 +248,21 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             raise CalibrationError(
                 f"{path}: made with dtype {calibration.facts.get('dtype')}, this engine runs {dtype}"
             )
-        ledger = Ledger(calibration, self._settings.policy)
+        judge = Judge(calibration, self._settings.policy, self._turns)
         if self._judge is not None:
-            ledger.adopt(self._judge.ledger)
-        scorer, supported = Scorer.of(calibration), _supported(calibration)
-        self._judge = Judge(calibration, calibration.digest(), scorer, ledger, supported)
-        return self._judge.digest
+            judge.ledger.adopt(self._judge.ledger)
+        if self._shadow is not None:
+            self._shadow.forget()
+        self._judge = judge
+        return judge.digest
 
     def undertow_record(self, keep: Keep) -> None:
-        """Record what follows, in place of anything recorded before."""
+        """Record what follows, in place of anything recorded before.
+
+        Raises EngineError where not every token of a request is computed for it, or more than its tokens.
+        """
+        if self._shadow is not None or self._runner.schedules_ahead():
+            raise EngineError("recording needs an engine with --no-enable-prefix-caching and --no-async-scheduling")
         self._recorder = Recorder(self._space, keep)
 
     def undertow_roles(self) -> str:
@@ -266,10 +275,3 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             raise EngineError("nothing is being recorded")
         self._recorder.write(Path(path))
         self._recorder = None
-
-
-def _supported(calibration: Calibration) -> tuple[DetectorStatus, ...]:
-    """The smallest rate of every combination of detectors."""
-    names = sorted(calibration.detectors)
-    groups = [group for size in range(1, len(names) + 1) for group in combinations(names, size)]
-    return tuple(DetectorStatus(detectors=group, supported_fpr=calibration.ranks(group).supported) for group in groups)

@@ -49,11 +49,13 @@ def test_a_layer_without_its_hook_is_noticed_before_serving(
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        (
+            {"async_scheduling": True, "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding with asynchronous scheduling",
+        ),
         ({"enable_lora": True}, "LoRA"),
     ],
-    ids=["prefix-caching", "speculation", "lora"],
+    ids=["speculation-ahead", "lora"],
 )
 def test_a_feature_that_cannot_be_scored_is_refused_by_name(
     organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any], option: dict[str, Any], named: str

@@ -12,6 +12,7 @@ from guard.calibration import Calibration, ScoreKey
 from guard.engine import ledger as ledger_module
 from guard.engine.ledger import Identity, Ledger
 from guard.engine.runner_v1 import Rows
+from guard.engine.stop import Endings
 from guard.evidence import Record
 from guard.policy import Mode, Policy
 from guard.verdict import PHASES, DetectorName
@@ -35,7 +36,7 @@ def ledger(default: Policy | None = None) -> Ledger:
 def admitted(some: Policy | None = None, default: Policy | None = None) -> Ledger:
     """A ledger with one sequence in it."""
     book = ledger(default)
-    book.admit(SEQUENCE, None if some is None else some.to_wire(), STOP)
+    book.admit(SEQUENCE, None if some is None else some.to_wire(), Endings(STOP))
     return book
 
 
@@ -119,7 +120,7 @@ def test_each_phase_has_its_own_threshold() -> None:
 def test_one_who_names_no_policy_is_judged_by_the_engines_or_at_the_calibrations_rate() -> None:
     for default, threshold in ((None, 91.0), (policy(fpr=0.5), 51.0), (policy(raw=2.0), 2.0)):
         book = ledger(default)
-        book.admit(SEQUENCE, None, STOP)
+        book.admit(SEQUENCE, None, Endings(STOP))
         book.score(SEQUENCE, [a_score(1.0)])
         assert record(book).scores[0].threshold == threshold
         assert record(book).mode == "enforce"
@@ -185,10 +186,39 @@ def test_off_scores_and_says_nothing() -> None:
 
 def test_one_sequences_scores_touch_no_other() -> None:
     book = admitted(policy(raw=10.0))
-    book.admit("other", policy(raw=10.0).to_wire(), STOP + 1)
+    book.admit("other", policy(raw=10.0).to_wire(), Endings(STOP + 1))
     book.score("other", [a_score(11.0)])
     assert book.stops([SEQUENCE, "other"]) == {"other": STOP + 1}
     assert record(book).action == "allow"
+
+
+def test_what_came_from_the_cache_is_covered_by_the_scores_it_was_kept_with() -> None:
+    book = admitted(policy(raw=10.0))
+    rows = Rows(SEQUENCE, 0, 2, 6, 8, True)
+    assert book.missing(rows) == range(6)
+    book.recall(rows, [a_score(3.0, "exceedance")])
+    assert list(book.missing(rows)) == []
+    book.cover(rows)
+    assert (record(book).tokens_scored, record(book).unscorable) == (8, None)
+    assert (book.tokens_recalled, book.tokens_scored) == (6, 2)
+    assert [score.score for score in record(book).scores] == [3.0]
+
+
+def test_what_a_cached_token_scored_can_block() -> None:
+    book = admitted(policy(detector="exceedance", raw=2.0))
+    book.recall(Rows(SEQUENCE, 0, 2, 6, 8, True), [a_score(3.0, "exceedance")])
+    assert book.blocked(SEQUENCE)
+
+
+@pytest.mark.parametrize(
+    ("position", "token", "over"),
+    [(7, 3, False), (8, 5, False), (8, 3, True), (9, 5, False), (10, 5, True)],
+    ids=["in the prompt", "generated", "a stop token", "the last but one", "the last that may be"],
+)
+def test_a_row_after_the_end_is_known_by_the_token_it_reads(position: int, token: int, over: bool) -> None:
+    book = ledger()
+    book.admit(SEQUENCE, None, Endings(STOP, frozenset({3}), 3))
+    assert book.ended(Rows(SEQUENCE, 0, 1, position, 8, True, first_token=token)) == over
 
 
 # -- detections that share a rate -------------------------------------------------------------------------------------
@@ -214,7 +244,7 @@ def apart() -> Calibration:
 def told(policy_: Policy, value: float = 90.0, by: Calibration | None = None) -> dict[ScoreKey, tuple[float, float]]:
     """Threshold and p-value of each score, where all have this value."""
     book = Ledger(by or apart(), None)
-    book.admit(SEQUENCE, policy_.to_wire(), STOP)
+    book.admit(SEQUENCE, policy_.to_wire(), Endings(STOP))
     book.score(SEQUENCE, [a_score(value, *key) for key in EVERY])
     assert record(book).unscorable is None
     return {(one.detector, one.phase): (one.threshold, one.p_value) for one in record(book).scores}
@@ -261,7 +291,7 @@ def test_a_raw_threshold_is_taken_as_it_stands_and_shares_no_rate() -> None:
 def test_any_of_the_scores_that_share_a_rate_blocks(value: float, action: str, key: ScoreKey) -> None:
     book = Ledger(apart(), None)
     shared = detections("block", "enforce", density={"fpr": 0.1}, exceedance={"fpr": 0.1})
-    book.admit(SEQUENCE, shared.to_wire(), STOP)
+    book.admit(SEQUENCE, shared.to_wire(), Endings(STOP))
     book.score(SEQUENCE, [a_score(1.0), a_score(value, *key)])
     assert record(book).action == action
 
@@ -276,14 +306,14 @@ def own_only() -> Calibration:
 def test_a_detector_that_the_bank_has_no_directions_for_makes_the_request_unscorable() -> None:
     for threshold in ({"raw": 1e9}, {"fpr": 0.5}):
         book = Ledger(own_only(), None)
-        book.admit(SEQUENCE, detections("block", "enforce", density=threshold).to_wire(), STOP)
+        book.admit(SEQUENCE, detections("block", "enforce", density=threshold).to_wire(), Endings(STOP))
         expected = "the bank has no directions for density; it serves intrinsic, exceedance"
         assert (record(book).unscorable, record(book).action) == (expected, "block")
 
 
 def test_the_engines_own_policy_is_the_first_detector_that_there_are_directions_for() -> None:
     book = Ledger(own_only(), None)
-    book.admit(SEQUENCE, None, STOP)
+    book.admit(SEQUENCE, None, Endings(STOP))
     book.score(SEQUENCE, [a_score(9.0, "intrinsic"), a_score(50.0, "exceedance")])
     # Exceedance is far above, and decides nothing.
     assert record(book).action == "allow"
@@ -321,7 +351,7 @@ def test_tokens_computed_again_after_preemption_count_once() -> None:
 def test_a_token_that_was_passed_over_makes_the_sequence_unscorable_for_good(chunks: list[tuple[int, int]]) -> None:
     book = admitted()
     got = cover(book, *chunks)
-    assert "were never computed here" in (got.unscorable or "")
+    assert "were never scored here" in (got.unscorable or "")
     assert got.action == "block"
     assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
     assert book.unscorable == 1
@@ -329,7 +359,7 @@ def test_a_token_that_was_passed_over_makes_the_sequence_unscorable_for_good(chu
 
 def test_a_gap_is_named_and_what_follows_it_does_not_count() -> None:
     book = admitted()
-    assert cover(book, (0, 3), (5, 2)).unscorable == "tokens 3 to 4 were never computed here"
+    assert cover(book, (0, 3), (5, 2)).unscorable == "tokens 3 to 4 were never scored here"
     assert cover(book, (7, 1)).tokens_scored == 3
 
 
@@ -342,7 +372,7 @@ def test_a_policy_that_cannot_be_read_blocks_whatever_the_engines_own_says(
     default: Policy | None, sent: object
 ) -> None:
     book = ledger(default)
-    book.admit(SEQUENCE, sent, STOP)
+    book.admit(SEQUENCE, sent, Endings(STOP))
     assert record(book).action == "block"
     assert record(book).mode == "enforce"
     assert "not valid" in (record(book).unscorable or "")
@@ -364,9 +394,9 @@ def test_a_rate_that_the_calibration_cannot_keep_is_unscorable_under_the_policy_
 
 def test_one_bad_policy_hurts_no_other_request() -> None:
     book = ledger()
-    book.admit("bad", "{", STOP)
-    book.admit("bad too", "{", STOP)
-    book.admit(SEQUENCE, policy().to_wire(), STOP)
+    book.admit("bad", "{", Endings(STOP))
+    book.admit("bad too", "{", Endings(STOP))
+    book.admit(SEQUENCE, policy().to_wire(), Endings(STOP))
     assert record(book).action == "allow"
     assert (book.requests_judged, book.unscorable) == (3, 2)
 
@@ -375,7 +405,7 @@ def test_a_draft_without_held_out_scores_judges_by_raw_thresholds_alone() -> Non
     raw = {"action": "flag", "threshold": {"raw": 1e30}}
     both = {"mode": "monitor", "detections": {"density": raw, "intrinsic": raw, "exceedance": raw}}
     book = Ledger(replace(calibration(), clean=dict.fromkeys(EVERY, ())), None)
-    book.admit(SEQUENCE, json.dumps(both), STOP)
+    book.admit(SEQUENCE, json.dumps(both), Endings(STOP))
     book.score(SEQUENCE, [a_score(4.0), a_score(0.5, "exceedance")])
     assert [score.score for score in record(book).scores] == [4.0, 0.5]
     assert {score.p_value for score in record(book).scores} == {1.0}
@@ -402,7 +432,7 @@ def remembered(book: Ledger, numbers: range) -> list[int]:
 def test_the_last_finished_requests_are_remembered_and_older_ones_forgotten(kept: int) -> None:
     book = ledger()
     for number in range(10):
-        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, STOP)
+        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, Endings(STOP))
         book.finish([f"chatcmpl-{key(number)}-0a1b2c3d"])
         assert len(remembered(book, range(10))) == min(number + 1, kept)
     assert remembered(book, range(10)) == [7, 8, 9]
@@ -411,7 +441,7 @@ def test_the_last_finished_requests_are_remembered_and_older_ones_forgotten(kept
 def test_a_running_request_is_never_forgotten(kept: int) -> None:
     book = ledger()
     for number in range(10):
-        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, STOP)
+        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, Endings(STOP))
     book.finish(f"chatcmpl-{key(number)}-0a1b2c3d" for number in range(1, 9))
     assert remembered(book, range(10)) == [0, 6, 7, 8, 9]
     book.finish([f"chatcmpl-{key(0)}-0a1b2c3d"])
@@ -421,9 +451,9 @@ def test_a_running_request_is_never_forgotten(kept: int) -> None:
 def test_requests_of_many_choices_do_not_stretch_the_memory(kept: int) -> None:
     book = ledger()
     for choice in range(20):
-        book.admit(f"{choice}_chatcmpl-{key(99)}-0a1b2c3d", None, STOP)
+        book.admit(f"{choice}_chatcmpl-{key(99)}-0a1b2c3d", None, Endings(STOP))
     for number in range(10):
-        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, STOP)
+        book.admit(f"chatcmpl-{key(number)}-0a1b2c3d", None, Endings(STOP))
         book.finish([f"chatcmpl-{key(number)}-0a1b2c3d"])
     assert remembered(book, range(10)) == [7, 8, 9]
     # Finished choices of a request stay with it as long as one of them runs.
@@ -442,7 +472,7 @@ def test_records_are_sorted_by_prompt_then_choice() -> None:
     book = ledger()
     order = [(1, 10), (0, 2), (1, 9), (0, 10), (0, 0)]
     for prompt, choice in order:
-        book.admit(f"{choice}_cmpl-{KEY}-{prompt}-0a1b2c3d", None, STOP)
+        book.admit(f"{choice}_cmpl-{KEY}-{prompt}-0a1b2c3d", None, Endings(STOP))
     assert [(one.prompt_index, one.choice_index) for one in book.records(KEY)] == sorted(order)
 
 

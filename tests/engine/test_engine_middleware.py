@@ -41,6 +41,7 @@ WORKER = WorkerStatus(
     dtype="float32",
     requests_judged=3,
     tokens_scored=4,
+    tokens_recalled=0,
     unscorable=0,
 )
 CHUNKS = [

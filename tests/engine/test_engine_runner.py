@@ -6,17 +6,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from guard.engine.runner_v1 import Rows, RunnerV1
 from guard.errors import UnscoredError
 
 
 def runner(**batch: list[Any]) -> RunnerV1:
-    return RunnerV1(SimpleNamespace(input_batch=SimpleNamespace(**batch), max_num_tokens=128))
+    inputs = SimpleNamespace(gpu=torch.arange(100, 228))
+    return RunnerV1(SimpleNamespace(input_batch=SimpleNamespace(**batch), max_num_tokens=128, input_ids=inputs))
 
 
-def step(**scheduled: int) -> Any:
-    return SimpleNamespace(num_scheduled_tokens=scheduled)
+def step(drafts: dict[str, list[int]] | None = None, **scheduled: int) -> Any:
+    return SimpleNamespace(num_scheduled_tokens=scheduled, scheduled_spec_decode_tokens=drafts or {})
 
 
 BATCH: dict[str, list[Any]] = {
@@ -30,10 +32,39 @@ BATCH: dict[str, list[Any]] = {
 def test_rows_stand_in_the_order_of_the_batch_and_not_of_the_schedule() -> None:
     found = list(runner(**BATCH).rows(step(last=5, chunk=16, decode=1)))
     assert found == [
-        Rows("decode", 0, 1, 12, 10, True),
-        Rows("chunk", 1, 16, 0, 20, False),
-        Rows("last", 17, 5, 4, 9, True),
+        Rows("decode", 0, 1, 12, 10, True, 0, 100),
+        Rows("chunk", 1, 16, 0, 20, False, 0, 101),
+        Rows("last", 17, 5, 4, 9, True, 0, 117),
     ]
+
+
+def test_a_drafters_guesses_are_the_last_rows_of_their_sequence() -> None:
+    decode, _, last = runner(**BATCH).rows(step({"decode": [7, 8, 9]}, last=5, chunk=16, decode=4))
+    assert decode == Rows("decode", 0, 4, 12, 10, True, 3, 100)
+    assert last.drafts == 0
+
+
+@pytest.mark.parametrize(
+    ("sampled", "parts"),
+    [
+        (0, [(20, 2, 11)]),
+        (1, [(20, 2, 11)]),
+        (2, [(20, 2, 11), (22, 1, 13)]),
+        (4, [(20, 2, 11), (22, 1, 13), (23, 1, 14), (24, 1, 15)]),
+    ],
+)
+def test_every_guess_that_came_true_is_a_part_of_its_own_and_the_others_are_none(
+    sampled: int, parts: list[tuple[int, int, int]]
+) -> None:
+    rows = Rows("a", 20, 5, 11, 9, True, drafts=3)
+    found = list(rows.accepted(sampled))
+    assert [(part.first_row, part.count, part.first_position) for part in found] == parts
+    assert all(part.samples and not part.drafts and part.prompt_tokens == 9 for part in found)
+
+
+def test_rows_without_guesses_are_one_part_whatever_was_sampled() -> None:
+    rows = Rows("a", 3, 5, 0, 9, False)
+    assert list(rows.accepted(0)) == list(rows.accepted(1)) == [rows]
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def found(some: Step, by: Calibration | None = None) -> dict[Key, Score]:
     """What a step says, and that it says nothing twice."""
     everything: dict[Key, Score] = {}
     scorer = Scorer.of(by or with_sinks(*SINKS))
-    for sequence, scores in scorer.score(some.readings, some.roles, some.batch):
+    for rows, scores in zip(some.batch, scorer.score(some.readings, some.roles, some.batch), strict=True):
         for score in scores:
-            key = (sequence, score.detector, score.phase)
+            key = (rows.sequence, score.detector, score.phase)
             assert key not in everything
             everything[key] = score
     return everything

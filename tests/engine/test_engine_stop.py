@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard.engine.stop import choose_reserved_token, replace_sampled, stop_token
+from guard.engine.stop import Endings, Stop, choose_reserved_token, replace_sampled
 from guard.errors import ConfigError
 
 WORDS = {"a": 0, "b": 1, "</s>": 2}
@@ -79,8 +79,19 @@ def test_a_choice_outside_the_vocabulary_is_refused(configured: int) -> None:
 def test_the_reserved_token_ends_a_sequence_that_lists_it_and_its_own_end_another(
     stops: list[int] | None, eos: int | None, expected: int
 ) -> None:
-    parameters: Any = SimpleNamespace(stop_token_ids=stops, eos_token_id=eos)
-    assert stop_token(parameters, 9) == expected
+    parameters: Any = SimpleNamespace(stop_token_ids=stops, eos_token_id=eos, max_tokens=4)
+    found = Endings.of(parameters, 9)
+    assert found.token == expected
+    assert found.tokens == {*(stops or ()), *([] if eos is None else [eos])}
+    assert found.longest == 4
+
+
+@pytest.mark.parametrize(
+    ("token", "generated", "over"), [(5, 1, False), (3, 1, True), (5, 3, False), (5, 4, True), (5, 5, True)]
+)
+def test_a_sequence_is_over_after_a_stop_token_or_at_its_length(token: int, generated: int, over: bool) -> None:
+    assert Endings(9, frozenset({3, 9}), 4).before(token, generated) == over
+    assert Endings(9, frozenset({3})).before(5, 10**6) is False
 
 
 def sampled(logprobs: bool = True) -> Any:
@@ -89,6 +100,7 @@ def sampled(logprobs: bool = True) -> Any:
         logprob_token_ids=np.arange(12).reshape(3, 4),
         logprobs=-np.arange(1.0, 13.0).reshape(3, 4),
         sampled_token_ranks=np.array([1, 2, 3]),
+        cu_num_generated_tokens=None,
     )
     return SimpleNamespace(
         req_id_to_index={"a": 0, "chunk": 1, "c": 2},
@@ -99,7 +111,7 @@ def sampled(logprobs: bool = True) -> Any:
 
 def test_only_what_was_sampled_for_a_blocked_sequence_is_replaced() -> None:
     output = sampled()
-    replace_sampled(output, {"c": 77})
+    replace_sampled(output, {"c": Stop(0, 77)})
     assert output.sampled_token_ids == [[10], [], [77]]
     untouched = sampled().logprobs
     for name in ("logprob_token_ids", "logprobs", "sampled_token_ranks"):
@@ -108,7 +120,7 @@ def test_only_what_was_sampled_for_a_blocked_sequence_is_replaced() -> None:
 
 def test_the_likeliest_tokens_of_a_blocked_sequence_are_hidden() -> None:
     output = sampled()
-    replace_sampled(output, {"c": 77})
+    replace_sampled(output, {"c": Stop(0, 77)})
     assert set(output.logprobs.logprob_token_ids[2].tolist()) == {77}
     assert set(output.logprobs.logprobs[2].tolist()) == {0.0}
     assert output.logprobs.sampled_token_ranks[2] == 0
@@ -116,14 +128,14 @@ def test_the_likeliest_tokens_of_a_blocked_sequence_are_hidden() -> None:
 
 def test_a_prompt_that_is_not_at_its_end_samples_nothing_and_is_left_alone() -> None:
     output = sampled()
-    replace_sampled(output, {"chunk": 77})
+    replace_sampled(output, {"chunk": Stop(0, 77)})
     assert output.sampled_token_ids == [[10], [], [12]]
     assert np.array_equal(output.logprobs.logprobs, sampled().logprobs.logprobs)
 
 
 def test_a_step_without_log_probabilities_is_no_trouble() -> None:
     output = sampled(logprobs=False)
-    replace_sampled(output, {"a": 77, "c": 78})
+    replace_sampled(output, {"a": Stop(0, 77), "c": Stop(0, 78)})
     assert output.sampled_token_ids == [[77], [], [78]]
 
 
@@ -131,3 +143,22 @@ def test_a_step_in_which_nothing_is_blocked_stays_as_it_was() -> None:
     output = sampled()
     replace_sampled(output, {})
     assert output.sampled_token_ids == sampled().sampled_token_ids
+
+
+@pytest.mark.parametrize(("kept", "tokens", "hidden"), [(0, [77], 1), (1, [20, 77], 2), (2, [20, 21, 77], 3)])
+def test_of_guesses_that_came_true_those_before_the_row_that_blocks_are_kept(
+    kept: int, tokens: list[int], hidden: int
+) -> None:
+    held = SimpleNamespace(
+        logprob_token_ids=np.arange(20).reshape(5, 4),
+        logprobs=-np.arange(1.0, 21.0).reshape(5, 4),
+        sampled_token_ranks=np.arange(5),
+        cu_num_generated_tokens=[0, 1, 4, 5],
+    )
+    output: Any = SimpleNamespace(
+        req_id_to_index={"a": 0, "b": 1, "c": 2}, sampled_token_ids=[[10], [20, 21, 22], [30]], logprobs=held
+    )
+    replace_sampled(output, {"b": Stop(kept, 77)})
+    assert output.sampled_token_ids == [[10], tokens, [30]]
+    # Rows 1 to 3 are those of b.
+    assert (held.logprob_token_ids == 77).all(axis=1).tolist() == [row == hidden for row in range(5)]

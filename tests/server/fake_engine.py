@@ -437,6 +437,7 @@ def status(
                 dtype="bfloat16",
                 requests_judged=0,
                 tokens_scored=0,
+                tokens_recalled=0,
                 unscorable=0,
             )
             for rank in range(workers)

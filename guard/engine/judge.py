@@ -1,0 +1,100 @@
+"""What a calibration makes of every step: scores in, verdicts out; replaced as a whole when a calibration is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from guard.calibration import Calibration
+from guard.engine.ledger import Ledger
+from guard.engine.probe import Readings
+from guard.engine.runner_v1 import Rows
+from guard.engine.shadow import Shadow
+from guard.engine.step import Scorer
+from guard.engine.stop import Stop
+from guard.engine.turns import Turns
+from guard.evidence import DetectorStatus
+from guard.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass: whose rows were computed, and what the probes saw of them."""
+
+    batch: tuple[Rows, ...]
+    readings: Readings
+    roles: torch.Tensor
+    """int64 [T]: an index into `ROLES`."""
+
+
+class Judge:
+    """Every detector of one calibration, and every sequence in the engine."""
+
+    def __init__(self, calibration: Calibration, default_policy: Policy | None, turns: Turns) -> None:
+        """Raises CalibrationError where the calibration had too few clean decisions."""
+        self.calibration = calibration
+        # Kept: the server asks every few seconds, and the engine waits for the answer.
+        self.digest = calibration.digest()
+        self.supported = tuple(_supported(calibration))
+        self.ledger = Ledger(calibration, default_policy)
+        self._scorer = Scorer.of(calibration)
+        self._turns = turns
+
+    def remember(self, seen: Pass, shadow: Shadow, where: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Keep the scores of a pass under the slots that hold its KV. `where`: slots of a sequence's positions."""
+        found = self._scorer.by_role(seen.readings)
+        slots = [where(rows.sequence, rows.first_position, rows.first_position + rows.count) for rows in seen.batch]
+        shadow.write(torch.cat(slots), *found)
+
+    def judge(
+        self,
+        seen: Pass,
+        sampled: Mapping[str, int],
+        shadow: Shadow | None,
+        where: Callable[[str, int, int], torch.Tensor],
+    ) -> dict[str, Stop]:
+        """Score what of a pass became part of its sequences; says which of these end now.
+
+        Args:
+            sampled: how many tokens were drawn for each sequence.
+            shadow: scores of tokens whose KV was taken from the cache; None where nothing is.
+        """
+        parts = [part for rows in seen.batch for part in rows.accepted(sampled.get(rows.sequence, 0))]
+        kept = dict.fromkeys((rows.sequence for rows in seen.batch), 0)
+        for part, scores in zip(parts, self._scorer.score(seen.readings, seen.roles, parts), strict=True):
+            sequence = part.sequence
+            if self.ledger.blocked(sequence) or self.ledger.ended(part):
+                continue
+            self._recall(part, shadow, where)
+            self.ledger.cover(part)
+            self.ledger.score(sequence, scores)
+            kept[sequence] += part.samples and not self.ledger.blocked(sequence)
+        return {sequence: Stop(kept[sequence], token) for sequence, token in self.ledger.stops(kept).items()}
+
+    def fail(self, sequences: Iterable[str], reason: str) -> dict[str, Stop]:
+        """A pass could not be scored; says which of its sequences end now."""
+        names = list(sequences)
+        for sequence in names:
+            self.ledger.fail(sequence, reason)
+        return {sequence: Stop(0, token) for sequence, token in self.ledger.stops(names).items()}
+
+    def _recall(self, part: Rows, shadow: Shadow | None, where: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Give a sequence the scores of tokens before `part` that this engine computed for others."""
+        missing = self.ledger.missing(part)
+        if shadow is None or not missing:
+            return
+        roles = self._turns.between(part.sequence, missing.start, missing.stop)
+        found = shadow.read(where(part.sequence, missing.start, missing.stop), roles)
+        if found is not None:
+            self.ledger.recall(part, list(self._scorer.recalled(*found, missing, part.prompt_tokens)))
+
+
+def _supported(calibration: Calibration) -> Iterable[DetectorStatus]:
+    """The smallest rate of every combination of detectors."""
+    names = sorted(calibration.detectors)
+    for size in range(1, len(names) + 1):
+        for group in combinations(names, size):
+            yield DetectorStatus(detectors=group, supported_fpr=calibration.ranks(group).supported)
