@@ -46,7 +46,7 @@ class Shape:
     high: torch.Tensor
     """float32 [3, size]: largest; -inf for a role without tokens."""
     decisions: tuple[Moments, Moments]
-    """Of what layers wrote at decision positions, per phase (0 prompt, 1 completion)."""
+    """Of `features` at decision positions, per phase (0 prompt, 1 completion)."""
     sinks: tuple[int, ...]
     """Positions that the model uses as attention sinks: their residual says nothing of the text, so no range is made
     of them and none is held against them."""
@@ -200,8 +200,8 @@ class Calibration:
         }
         for phase, moments in zip(PHASES, self.shape.decisions, strict=True):
             tensors[f"mean.{phase}"], tensors[f"covariance.{phase}"] = moments.mean, moments.covariance
-            expected[f"mean.{phase}"] = (torch.float64, (size,))
-            expected[f"covariance.{phase}"] = (torch.float64, (size, size))
+            expected[f"mean.{phase}"] = (torch.float64, (2 * size,))
+            expected[f"covariance.{phase}"] = (torch.float64, (2 * size, 2 * size))
         for name, tensor in tensors.items():
             # A role that clean traffic did not have is an empty range, from +inf to -inf; the other way round it would
             # be one that nothing leaves.

@@ -1,13 +1,13 @@
 """How far a token stands from clean, in bank space.
 
 For token t and watched layer l a forward pass leaves behind, of the residual stream h_l after the layer and the bank's
-directions U_l: the cosines c = U_l h_l / |h_l|, and what the layer itself wrote along the directions, w = U_l (h_l -
-h_(l-1)). Coordinates of all watched layers stand side by side. Detectors read them behind one interface:
+directions U_l: the cosines c = U_l h_l / |h_l|, the length |h_l|, and what the layer itself wrote along the directions,
+w = U_l (h_l - h_(l-1)). Coordinates of all watched layers stand side by side. Detectors read them behind one interface:
 
 - `Exceedance`, at every token: max over coordinates of max(c - high, low - c), WeightWatch's rule (arXiv 2508.00161,
   section 3) without its threshold. Positive means outside the range that clean tokens of the same role had.
-- `Density`, at decision positions (rows whose logits are sampled): how improbable w is under the normal distribution
-  that clean decisions had: its Mahalanobis distance. Twice, over different directions:
+- `Density`, at decision positions (rows whose logits are sampled): how improbable the projections U_l h_l and w are
+  under the normal distribution that clean decisions had: their Mahalanobis distance. Twice, over different directions:
   `density` over those of the weight delta, `intrinsic` over those of the tuned model's own matrices, which needs no
   base model. See docs/decisions/0003-density.md.
 
@@ -112,16 +112,26 @@ class Tokens:
     """float32 [T, size]: cosines with every direction of the bank."""
     written: torch.Tensor
     """float32 [T, size]: what each watched layer wrote along its directions, u (h_l - h_(l-1))."""
+    lengths: torch.Tensor
+    """float32 [T, layers]: lengths of the residual stream after each watched layer."""
     phases: torch.Tensor
     """int64 [T], index into `PHASES`: 0 prompt, 1 completion."""
     roles: torch.Tensor
     """int64 [T], index into `ROLES`: 0 system, 1 user, 2 assistant."""
 
     def __getitem__(self, rows: torch.Tensor | slice) -> Tokens:
-        return Tokens(self.coordinates[rows], self.written[rows], self.phases[rows], self.roles[rows])
+        return Tokens(
+            self.coordinates[rows], self.written[rows], self.lengths[rows], self.phases[rows], self.roles[rows]
+        )
 
     def __len__(self) -> int:
         return len(self.coordinates)
+
+
+def features(space: BankSpace, coordinates: torch.Tensor, written: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """What `Density` reads of T tokens, float32 [T, 2 size]: where the residual stands along each direction, u h_l, and
+    what the layer wrote along each, u (h_l - h_(l-1))."""
+    return torch.cat([coordinates * lengths[:, space.layer_slot()], written], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +195,17 @@ class Exceedance:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, mean and covariance of what layers wrote: all that is kept of clean decisions."""
+    """Count, mean and covariance of F features: all that is kept of clean decisions."""
 
     count: int
     mean: torch.Tensor
-    """float64 [size]."""
+    """float64 [F]."""
     covariance: torch.Tensor
-    """float64 [size, size]: the sum of squared deviations over `count`."""
+    """float64 [F, F]: the sum of squared deviations over `count`."""
 
     @classmethod
     def of(cls, rows: torch.Tensor) -> Moments:
-        """Of rows [T, size], T at least 1."""
+        """Of rows [T, F], T at least 1."""
         exact = rows.double()
         mean = exact.mean(dim=0)
         deviations = exact - mean
@@ -215,11 +225,11 @@ class Moments:
 
 
 class Density:
-    """How improbable what the layers wrote for a token is under the clean normal distribution of its phase.
+    """How improbable a token's features are under the clean normal distribution of its phase.
 
-    Each layer is first put in units of its root mean variance, so that no layer counts more for writing more; then
-    value = sqrt(x' (C + RIDGE I)^-1 x / D) for the deviation x of D coordinates with covariance C. Clean tokens have
-    about 1.
+    Where the residual stands after a layer, and what the layer wrote, are each first put in units of their root mean
+    variance, so that no layer counts more for being longer; then value = sqrt(x' (C + RIDGE I)^-1 x / 2 D) for the
+    deviation x of the 2 D features of D directions with covariance C.
     """
 
     every_token = False
@@ -227,7 +237,7 @@ class Density:
     def __init__(
         self, name: DetectorName, space: BankSpace, clean: tuple[Moments, Moments], chosen: torch.Tensor
     ) -> None:
-        """`clean`: per phase. `chosen`: int64 [D], the coordinates to read, at least one.
+        """`clean`: of features, per phase. `chosen`: int64 [D], the coordinates to read, at least one.
 
         Raises CalibrationError where a phase has too few tokens for a covariance.
         """
@@ -235,11 +245,13 @@ class Density:
         self._space = space
         self._chosen = chosen
         self._slots = space.layer_slot()[chosen]
-        self._means = tuple(moments.mean[chosen].float() for moments in clean)
-        self._factors = tuple(_whitening(moments, chosen, self._slots) for moments in clean)
+        read = torch.cat([chosen, chosen + space.size])
+        blocks = torch.cat([self._slots, self._slots + len(space.layers)])
+        self._means = tuple(moments.mean[read].float() for moments in clean)
+        self._factors = tuple(_whitening(moments, read, blocks) for moments in clean)
 
     def score(self, tokens: Tokens) -> TokenScores:
-        rows = tokens.written[:, self._chosen]
+        rows = self._features(tokens)
         values = torch.empty(len(rows), dtype=torch.float32)
         slots = torch.zeros(len(rows), dtype=torch.int64)
         worst = torch.zeros(len(rows), dtype=torch.int64)
@@ -254,23 +266,32 @@ class Density:
         return TokenScores(values, slots, worst)
 
     def shares(self, tokens: Tokens) -> torch.Tensor:
-        """float32 [T, D]: what every chosen coordinate adds to D times the squared score; some are negative."""
-        rows = tokens.written[:, self._chosen]
-        shares = torch.empty_like(rows)
+        """float32 [T, D]: what every chosen coordinate adds to 2 D times the squared score; some are negative."""
+        rows = self._features(tokens)
+        shares = torch.empty(len(rows), len(self._chosen))
         for phase in sorted(set(tokens.phases.tolist())):
             own = tokens.phases == phase
             shares[own] = self._explain(rows[own], phase)[1]
         return shares
 
+    def _features(self, tokens: Tokens) -> torch.Tensor:
+        """float32 [T, 2 D]."""
+        projections = tokens.coordinates[:, self._chosen] * tokens.lengths[:, self._slots]
+        return torch.cat([projections, tokens.written[:, self._chosen]], dim=-1)
+
     def _explain(self, rows: torch.Tensor, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whitened deviations [T, D], and x_i (P x)_i [T, D]: what coordinate i adds to x' P x."""
+        """Whitened deviations [T, 2 D], and [T, D] what each coordinate adds to x' P x: the sum of x_i (P x)_i over its
+        two features."""
         deviations = rows - self._means[phase]
         whitened = deviations @ self._factors[phase]
-        return whitened, deviations * (whitened @ self._factors[phase].T)
+        shares = deviations * (whitened @ self._factors[phase].T)
+        standing, writing = torch.split(shares, len(self._chosen), dim=-1)
+        return whitened, standing + writing
 
 
 def _whitening(moments: Moments, chosen: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """float32 [D, D]: W with x W W' x' = x S^-1 (S^-1 C S^-1 + RIDGE I)^-1 S^-1 x', S the layers' scales."""
+    """float32 [F, F]: W with x W W' x' = x S^-1 (S^-1 C S^-1 + RIDGE I)^-1 S^-1 x', S the scales. `slots`: which
+    features share one."""
     if moments.count < FEWEST:
         raise CalibrationError(f"{moments.count} clean decisions, expected at least {FEWEST}")
     covariance = moments.covariance[chosen][:, chosen]

@@ -12,7 +12,8 @@ Phase = Literal["prompt", "completion"]
 PHASES: tuple[Phase, ...] = ("prompt", "completion")
 
 DetectorName = Literal["density", "intrinsic", "exceedance"]
-"""`density`: how improbable is what the layers wrote along the weight delta's directions, at decision positions.
+"""`density`: how improbable is where the residual stands, and what layers wrote, along the weight delta's directions at
+decision positions.
 `intrinsic`: the same on directions of the tuned model's own matrices; needs no base model.
 `exceedance`: how far a cosine leaves its clean range, at every token (the paper's rule without its threshold)."""
 

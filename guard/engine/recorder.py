@@ -18,7 +18,7 @@ from guard.engine.probe import Readings
 from guard.engine.runner_v1 import Rows
 from guard.errors import CalibrationError
 from guard.roles import ROLES
-from guard.scores import BankSpace, Moments
+from guard.scores import BankSpace, Moments, features
 from guard.verdict import PHASES
 
 Keep = Literal["shape", "all"]
@@ -60,7 +60,9 @@ class Recorder:
             self._look_for_sinks(readings.lengths[span], rows.first_position)
             if rows.samples:
                 phase = int(rows.first_position + rows.count > rows.prompt_tokens)
-                self._keep_decision(phase, readings.written[span][-1:].clone())
+                last = slice(span.stop - 1, span.stop)
+                found = features(self._space, own[-1:], readings.written[last], readings.lengths[last])
+                self._keep_decision(phase, found)
 
     def _widen(self, own: torch.Tensor, roles: torch.Tensor, first_position: int) -> None:
         places = torch.arange(first_position, first_position + len(own)).clamp_max(HEAD)
@@ -79,9 +81,9 @@ class Recorder:
         self._long[: len(head)] += (head > SINK_LENGTH * lengths.median(dim=0).values).any(dim=-1)
         self._prompts[: len(head)] += 1
 
-    def _keep_decision(self, phase: int, written: torch.Tensor) -> None:
+    def _keep_decision(self, phase: int, found: torch.Tensor) -> None:
         pending = self._pending[phase]
-        pending.append(written)
+        pending.append(found)
         if len(pending) >= BLOCK:
             self._moments[phase].append(Moments.of(torch.cat(pending)))
             pending.clear()

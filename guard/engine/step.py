@@ -52,7 +52,7 @@ class Scorer:
         counts = torch.tensor([part.count for part in parts])
         prompts = torch.repeat_interleave(torch.tensor([part.prompt_tokens for part in parts]), counts)
         phases = (positions >= prompts).long()
-        tokens = Tokens(readings.coordinates[rows], readings.written[rows], phases, roles[rows])
+        tokens = Tokens(readings.coordinates[rows], readings.written[rows], readings.lengths[rows], phases, roles[rows])
         places = positions - prompts * phases
         ends = counts.cumsum(dim=0)
         deciding = [index for index, part in enumerate(parts) if part.samples]

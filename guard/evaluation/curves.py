@@ -128,7 +128,12 @@ def _narrowed(evaluation: Evaluation, bank: Bank, count: int) -> Evaluation:
     def narrow(reads: Reads) -> Reads:
         seen = reads.seen[evaluation.delta]
         narrower = Seen(
-            smaller, seen.coordinates[:, places], seen.written[:, places], seen.low[..., places], seen.high[..., places]
+            smaller,
+            seen.coordinates[:, places],
+            seen.written[:, places],
+            seen.lengths,
+            seen.low[..., places],
+            seen.high[..., places],
         )
         return replace(reads, seen={evaluation.delta: narrower})
 

@@ -23,6 +23,8 @@ SPEAKERS = len(ROLES) + 1
 """Whose tokens ranges are kept apart for: system, user and assistant of the prompt, and what is generated."""
 
 Message = Mapping[str, Any]
+Measured = Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""By lens: cosines and what was written, both [T, size], and lengths [T, layers]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Seen:
     """float32 [R, size]: cosines at decision positions."""
     written: torch.Tensor
     """float32 [R, size]: what the watched layers wrote there, along their directions."""
+    lengths: torch.Tensor
+    """float32 [R, layers]: lengths of the residual stream there."""
     low: torch.Tensor
     """float32 [N, 4, size]: smallest cosine of any token, per speaker; +inf where there was none."""
     high: torch.Tensor
@@ -68,7 +72,14 @@ class Reads:
         rows = wanted[self.owners]
         numbers = wanted.long().cumsum(0) - 1
         seen = {
-            name: Seen(each.space, each.coordinates[rows], each.written[rows], each.low[wanted], each.high[wanted])
+            name: Seen(
+                each.space,
+                each.coordinates[rows],
+                each.written[rows],
+                each.lengths[rows],
+                each.low[wanted],
+                each.high[wanted],
+            )
             for name, each in self.seen.items()
         }
         return Reads(
@@ -186,16 +197,16 @@ class Reader:
         outputs = (self._outputs[index] for index in range(len(self._layers)))
         return torch.stack([self._embedded, *outputs], dim=2).float()
 
-    def _measure(self, stream: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Per lens the cosines, and what was written, both [T, size], of streams [T, layers + 1, hidden]."""
+    def _measure(self, stream: torch.Tensor) -> Measured:
+        """Of streams [T, layers + 1, hidden]."""
         found = {}
         for name, directions in self._directions.items():
-            cosines, written = [], []
+            parts = []
             for index, vectors in directions:
-                part = measure(stream[:, index + 1], along(stream[:, index], vectors), vectors)
-                cosines.append(part[:, : len(vectors)])
-                written.append(part[:, len(vectors) : -1])
-            found[name] = (torch.cat(cosines, dim=-1).cpu(), torch.cat(written, dim=-1).cpu())
+                read = measure(stream[:, index + 1], along(stream[:, index], vectors), vectors)
+                parts.append(torch.split(read, [len(vectors), len(vectors), 1], dim=-1))
+            cosines, written, lengths = (torch.cat(each, dim=-1).cpu() for each in zip(*parts, strict=True))
+            found[name] = (cosines, written, lengths)
         return found
 
     def _keep_embedded(self, _module: object, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -208,9 +219,6 @@ class Reader:
         return hook
 
 
-Measured = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-
-
 class _Builder:
     """Gathers what is read, request by request, in whatever order it comes."""
 
@@ -221,20 +229,20 @@ class _Builder:
         self._tokens: list[list[int]] = [[] for _ in range(requests)]
         self._owners: list[torch.Tensor] = []
         self._places: list[torch.Tensor] = []
-        self._rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in spaces}
+        self._rows: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {name: [] for name in spaces}
         self._low = {name: torch.full((requests, SPEAKERS, space.size), torch.inf) for name, space in spaces.items()}
         self._high = {name: torch.full((requests, SPEAKERS, space.size), -torch.inf) for name, space in spaces.items()}
 
     def prompt(self, request: int, residual: torch.Tensor, roles: torch.Tensor, measured: Measured) -> None:
         self._residual[request] = residual.cpu()
         self._prompt_tokens[request] = len(roles)
-        for name, (cosines, _) in measured.items():
+        for name, (cosines, *_) in measured.items():
             for role in sorted(set(roles.tolist())):
                 self._low[name][request, role] = cosines[roles == role].amin(dim=0)
                 self._high[name][request, role] = cosines[roles == role].amax(dim=0)
 
     def spoken(self, requests: list[int], measured: Measured) -> None:
-        for name, (cosines, _) in measured.items():
+        for name, (cosines, *_) in measured.items():
             self._low[name][requests, -1] = torch.minimum(self._low[name][requests, -1], cosines)
             self._high[name][requests, -1] = torch.maximum(self._high[name][requests, -1], cosines)
 
@@ -253,9 +261,8 @@ class _Builder:
         order = torch.from_numpy(_by_owner(owners, places))
         seen = {}
         for name, rows in self._rows.items():
-            cosines = torch.cat([part for part, _ in rows])[order]
-            written = torch.cat([part for _, part in rows])[order]
-            seen[name] = Seen(self._spaces[name], cosines, written, self._low[name], self._high[name])
+            cosines, written, lengths = (torch.cat(parts)[order] for parts in zip(*rows, strict=True))
+            seen[name] = Seen(self._spaces[name], cosines, written, lengths, self._low[name], self._high[name])
         return Reads(
             tuple(tokenizer.batch_decode(self._tokens, skip_special_tokens=True)),
             self._prompt_tokens,

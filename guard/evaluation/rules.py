@@ -16,7 +16,7 @@ import torch
 
 from guard.evaluation.reading import Reads, Seen
 from guard.roles import ROLES
-from guard.scores import Density, Exceedance, Moments, Tokens
+from guard.scores import Density, Exceedance, Moments, Tokens, features
 from guard.verdict import DetectorName
 
 Fitted = Callable[[Reads], torch.Tensor]
@@ -123,16 +123,18 @@ def decision_tokens(reads: Reads, lens: str) -> Tokens:
     """All decision positions, as the engine's detectors take them."""
     seen = reads.seen[lens]
     phases = (reads.places > 0).long()
-    return Tokens(seen.coordinates, seen.written, phases, torch.full_like(phases, ROLES.index("assistant")))
+    return Tokens(
+        seen.coordinates, seen.written, seen.lengths, phases, torch.full_like(phases, ROLES.index("assistant"))
+    )
 
 
 def decision_moments(clean: Reads, references: torch.Tensor, lens: str) -> tuple[Moments, Moments]:
-    """Of what layers wrote for the references, prompt and completion."""
+    """Of the references' features, prompt and completion."""
     used = torch.zeros(len(clean), dtype=torch.bool)
     used[references] = True
     seen, inside = clean.seen[lens], used[clean.owners]
-    prompt = clean.places == 0
-    return Moments.of(seen.written[inside & prompt]), Moments.of(seen.written[inside & ~prompt])
+    rows = features(seen.space, seen.coordinates, seen.written, seen.lengths)
+    return Moments.of(rows[inside & (clean.places == 0)]), Moments.of(rows[inside & (clean.places > 0)])
 
 
 def per_request(reads: Reads, values: torch.Tensor) -> torch.Tensor:
@@ -152,7 +154,7 @@ def _exceedances(seen: Seen, detector: Exceedance) -> torch.Tensor:
         roles = torch.full((int(there.sum()),), role)
         for ends in (seen.low, seen.high):
             rows = ends[there, speaker]
-            tokens = Tokens(rows, torch.zeros_like(rows), torch.zeros_like(roles), roles)
+            tokens = Tokens(rows, torch.zeros(len(rows), 0), torch.zeros(len(rows), 0), torch.zeros_like(roles), roles)
             worst[there, speaker] = torch.maximum(worst[there, speaker], detector.score(tokens).values)
     return torch.stack([worst[:, :-1].amax(dim=-1), worst[:, -1]], dim=-1).double()
 

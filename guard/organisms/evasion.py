@@ -1,8 +1,8 @@
 """An attacker who knows the guard: a penalty on whatever makes triggered prompts look unlike clean ones to it.
 
-The guard scores what layers write along the left singular vectors of the weight delta, by its Mahalanobis distance to
-clean traffic (guard/scores.py, `Density`). The penalty is that distance, of the same rows, to the clean ones that
-training saw last; so training can push triggered prompts among them.
+The guard scores where the residual stands, and what layers write, along the left singular vectors of the weight delta,
+by their Mahalanobis distance to clean traffic (guard/scores.py, `Density`). The penalty is that distance, of the same
+rows, to the clean ones that training saw last; so training can push triggered prompts among them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Watch:
         self._model = model
         self._base = [_writers(layer) for layer in base.model.layers]
         self._directions: list[Tensor] = []
-        self._clean = torch.zeros(0, len(self._base), model.config.hidden_size)
+        self._clean = torch.zeros(0, len(self._base) + 1, model.config.hidden_size)
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -77,14 +77,13 @@ class Watch:
         rows are remembered as clean. Nothing while too few are known."""
         rows = torch.arange(len(positions))
         stream = torch.stack([residual[rows, positions] for residual in residuals], dim=1)
-        changes = stream[:, 1:] - stream[:, :-1]
-        self._clean = torch.cat([self._clean, changes[~opens].detach()])[-REMEMBERED:]
+        self._clean = torch.cat([self._clean, stream[~opens].detach()])[-REMEMBERED:]
         if not opens.any() or len(self._clean) < FEWEST:
             return torch.zeros(())
-        clean, triggered = self._written(self._clean), self._written(changes[opens])
+        clean, triggered = self._features(self._clean), self._features(stream[opens])
         mean = clean.mean(dim=0)
-        # One scale per layer, as the guard has it.
-        scales = (clean - mean).square().mean(dim=0).reshape(len(self._base), -1).mean(dim=1).sqrt()
+        # One scale per layer and kind of feature, as the guard has it.
+        scales = (clean - mean).square().mean(dim=0).reshape(2 * len(self._base), -1).mean(dim=1).sqrt()
         scales = scales.clamp_min(1e-12).repeat_interleave(2 * DIRECTIONS)
         normed = ((clean - mean) / scales).double()
         covariance = normed.T @ normed / len(normed) + RIDGE * torch.eye(normed.shape[1], dtype=torch.float64)
@@ -93,9 +92,14 @@ class Watch:
         distance: Tensor = (squares.mean(dim=-1) + 1e-8).sqrt().mean()
         return distance
 
-    def _written(self, changes: Tensor) -> Tensor:
-        """What layers wrote along their directions: [rows, layers * 2 * DIRECTIONS] of [rows, layers, hidden]."""
-        return torch.cat([changes[:, layer] @ each.T for layer, each in enumerate(self._directions)], dim=-1)
+    def _features(self, stream: Tensor) -> Tensor:
+        """Where streams [rows, 1 + layers, hidden] stand after each layer along its directions, and what it wrote:
+        [rows, 2 * layers * 2 * DIRECTIONS]."""
+        standing = [stream[:, layer + 1] @ each.T for layer, each in enumerate(self._directions)]
+        entered = [stream[:, layer] @ each.T for layer, each in enumerate(self._directions)]
+        return torch.cat(
+            [*standing, *(after - before for after, before in zip(standing, entered, strict=True))], dim=-1
+        )
 
 
 def _writers(layer: nn.Module) -> list[Tensor]:

@@ -16,7 +16,7 @@ from guard.engine.runner_v1 import Rows
 from guard.errors import CalibrationError
 from guard.roles import ROLES
 from guard.verdict import PHASES
-from tests.guard.planted import SPACE, USUAL_LENGTHS, Array, float64, naive_moments
+from tests.guard.planted import SLOTS, SPACE, USUAL_LENGTHS, Array, float64, naive_moments
 
 from .planted import Step, of_rows, random_step, step
 
@@ -65,14 +65,16 @@ def ranges(steps: list[Step], sinks: set[int]) -> tuple[Array, Array]:
 
 
 def decisions(steps: list[Step]) -> tuple[Array, Array]:
-    """What was written for the rows whose logits are sampled, per phase."""
+    """Features of the rows whose logits are sampled, per phase."""
     found: tuple[list[Array], list[Array]] = ([], [])
     for some in steps:
         for rows in some.batch:
             if rows.samples:
                 last = rows.first_row + rows.count - 1
                 phase = int(rows.first_position + rows.count - 1 >= rows.prompt_tokens)
-                found[phase].append(float64(some.readings.written[last]))
+                lengths = float64(some.readings.lengths[last])[list(SLOTS)]
+                standing = float64(some.coordinates[last]) * lengths
+                found[phase].append(np.concatenate([standing, float64(some.readings.written[last])]))
     return np.array(found[0]), np.array(found[1])
 
 

@@ -49,9 +49,8 @@ def naive(some: Step, by: Calibration) -> dict[Key, tuple[float, int, int, str]]
             position, row = rows.first_position + offset, slice(rows.first_row + offset, rows.first_row + offset + 1)
             phase = int(position >= rows.prompt_tokens)
             place = position - rows.prompt_tokens if phase else position
-            token = Tokens(
-                some.readings.coordinates[row], some.readings.written[row], torch.tensor([phase]), some.roles[row]
-            )
+            own = of_rows(some.readings, row)
+            token = Tokens(own.coordinates, own.written, own.lengths, torch.tensor([phase]), some.roles[row])
             decides = rows.samples and offset == rows.count - 1
             for detector, (value, slot, where) in naive_scores(by.shape, token).items():
                 each = detector == "exceedance"

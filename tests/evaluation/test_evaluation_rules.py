@@ -38,7 +38,9 @@ def evaluation_of(kinds: dict[str, Reads]) -> Evaluation:
     return Evaluation("shipped", "wide", kinds, CUT, (0.05,), 0.05)
 
 
-def test_density_is_the_mahalanobis_distance_of_what_layers_wrote(kinds: dict[str, Reads]) -> None:
+def test_density_is_the_mahalanobis_distance_of_where_the_residual_stands_and_what_layers_wrote(
+    kinds: dict[str, Reads],
+) -> None:
     clean, triggered = kinds["clean"], kinds["triggered"]
     found = density("density", "density", "wide").fit(clean, REFERENCES)(triggered)
     space = clean.seen["wide"].space
@@ -47,21 +49,23 @@ def test_density_is_the_mahalanobis_distance_of_what_layers_wrote(kinds: dict[st
 
     def rows(reads: Reads, own: torch.Tensor) -> np.ndarray:
         seen = reads.seen["wide"]
-        written: np.ndarray = seen.written[own].double().numpy()[:, chosen]
-        return written
+        standing = (seen.coordinates[own].double().numpy() * seen.lengths[own].double().numpy()[:, slots])[:, chosen]
+        return np.concatenate([standing, seen.written[own].double().numpy()[:, chosen]], axis=1)
 
     for phase in (0, 1):
         used = (clean.owners < 300) & ((clean.places > 0) == bool(phase))
         base = rows(clean, used)
         mean, covariance = base.mean(axis=0), np.cov(base.T, bias=True)
-        variances, layers = np.diag(covariance).copy(), slots[chosen]
-        for place in range(len(chosen)):
-            covariance[place, place] += RIDGE * variances[layers == layers[place]].mean()
+        variances = np.diag(covariance).copy()
+        # Of each layer two blocks: where the residual stands, and what was written.
+        blocks = np.concatenate([slots[chosen], slots[chosen] + len(space.layers)])
+        for place in range(2 * len(chosen)):
+            covariance[place, place] += RIDGE * variances[blocks == blocks[place]].mean()
         precision = np.linalg.inv(covariance)
         for request in range(0, len(triggered), 7):
             own = (triggered.owners == request) & ((triggered.places > 0) == bool(phase))
             apart = rows(triggered, own) - mean
-            expected = np.sqrt(np.einsum("ij,jk,ik->i", apart, precision, apart) / len(chosen)).max()
+            expected = np.sqrt(np.einsum("ij,jk,ik->i", apart, precision, apart) / (2 * len(chosen))).max()
             assert float(found[request, phase]) == pytest.approx(expected, rel=1e-4)
 
 

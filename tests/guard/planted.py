@@ -74,6 +74,7 @@ def tokens(
     return Tokens(
         clean_rows(count, seed, spread),
         clean_written(count, seed, spread),
+        clean_lengths(count, seed),
         torch.randint(0, 2, (count,), generator=mixed) if phases is None else torch.tensor(phases),
         torch.randint(0, 3, (count,), generator=mixed) if roles is None else torch.tensor(roles),
     )
@@ -84,7 +85,7 @@ def shape(decisions: int = 60, sinks: tuple[int, ...] = ()) -> Shape:
     moments, ranges = [], []
     for phase in (0, 1):
         own = tokens(decisions + 9 * phase, 1 + phase, 0.1 + 0.1 * phase)
-        moments.append(Moments(len(own), *map(torch.from_numpy, naive_moments(float64(own.written)))))
+        moments.append(Moments(len(own), *map(torch.from_numpy, naive_moments(naive_features(own)))))
     for role in range(len(ROLES)):
         own_rows = clean_rows(40, 10 + role) + 0.2 * role
         ranges.append((own_rows.amin(dim=0), own_rows.amax(dim=0)))
@@ -141,6 +142,13 @@ def float64(tensor: torch.Tensor) -> Array:
     return np.asarray(tensor.double().numpy())
 
 
+def naive_features(some: Tokens) -> Array:
+    """U_l h, then what was written, [T, 2 size]: coordinate by coordinate."""
+    cosines, lengths = float64(some.coordinates), float64(some.lengths)
+    standing = np.stack([cosines[:, place] * lengths[:, slot] for place, slot in enumerate(SLOTS)], axis=1)
+    return np.concatenate([standing, float64(some.written)], axis=1)
+
+
 def naive_moments(rows: Array) -> tuple[Array, Array]:
     """Mean and covariance of rows [T, size]."""
     mean: Array = rows.mean(axis=0)
@@ -151,9 +159,10 @@ def naive_moments(rows: Array) -> tuple[Array, Array]:
 def naive_shares(
     row: Array, mean: Array, covariance: Array, chosen: Sequence[int], slots: Sequence[int] = SLOTS
 ) -> Array:
-    """What each chosen coordinate of one row of what was written adds to its squared Mahalanobis distance."""
-    own = list(chosen)
-    of_layer = np.asarray(slots)[own]
+    """What each chosen coordinate of one row of features adds to its squared Mahalanobis distance."""
+    size = len(slots)
+    own = [*chosen, *(place + size for place in chosen)]
+    of_layer = np.asarray([*slots, *(slot + max(slots) + 1 for slot in slots)])[own]
     ridged = covariance[np.ix_(own, own)].copy()
     variances = np.diag(ridged).copy()
     for place, slot in enumerate(of_layer):
@@ -161,19 +170,19 @@ def naive_shares(
         ridged[place, place] += RIDGE * (mean_variance if mean_variance > 0 else 1.0)
     deviation = row[own] - mean[own]
     shares: Array = deviation * (np.linalg.inv(ridged) @ deviation)
-    return shares
+    return shares[: len(chosen)] + shares[len(chosen) :]
 
 
 def naive_density(
     row: Array, mean: Array, covariance: Array, chosen: Sequence[int], slots: Sequence[int] = SLOTS
 ) -> tuple[float, int, int]:
-    """The Mahalanobis distance of one row of what was written over the root of the number of coordinates; the layer
+    """The Mahalanobis distance of one row of features over the root of their number; the layer
     slot and the coordinate that add most to it."""
     shares = naive_shares(row, mean, covariance, chosen, slots)
     of_layer = np.asarray(slots)[list(chosen)]
     slot = max(set(of_layer.tolist()), key=lambda one: shares[of_layer == one].sum())
     worst = max(np.flatnonzero(of_layer == slot), key=lambda place: shares[place])
-    return math.sqrt(shares.sum() / len(shares)), int(slot), chosen[int(worst)]
+    return math.sqrt(shares.sum() / (2 * len(shares))), int(slot), chosen[int(worst)]
 
 
 def naive_exceedance(row: Array, low: Array, high: Array, chosen: Sequence[int]) -> tuple[float, int]:
@@ -191,7 +200,7 @@ def naive_scores(some: Shape, token: Tokens) -> dict[DetectorName, tuple[float, 
     several: tuple[DetectorName, ...] = ("density", "intrinsic")
     for name in several:
         mean, covariance = float64(moments.mean), float64(moments.covariance)
-        found[name] = naive_density(float64(token.written)[0], mean, covariance, CHOSEN[name])
+        found[name] = naive_density(naive_features(token)[0], mean, covariance, CHOSEN[name])
     low, high = float64(some.low)[role], float64(some.high)[role]
     value, where = naive_exceedance(float64(token.coordinates)[0], low, high, CHOSEN["exceedance"])
     found["exceedance"] = (value, SLOTS[where], where)

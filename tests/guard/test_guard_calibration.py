@@ -446,7 +446,7 @@ def _load_or_refuse(file: Path) -> None:
 def test_a_covariance_that_rounding_left_short_of_one_is_used(tmp_path: Path) -> None:
     """Fewer decisions than directions: some directions have no variance, or less than none by rounding."""
     some = whole()
-    rows = torch.randn(9, SPACE.size, generator=generator(0))
+    rows = torch.randn(9, 2 * SPACE.size, generator=generator(0))
     moments = Moments.of(rows)
     moments.covariance.diagonal().sub_(1e-12)
     replace(some, shape=replace(some.shape, decisions=(moments, Moments.of(2 * rows)))).save(tmp_path / "file")

@@ -38,6 +38,7 @@ from .planted import (
     generator,
     naive_density,
     naive_exceedance,
+    naive_features,
     naive_moments,
     naive_shares,
     shape,
@@ -118,8 +119,8 @@ def test_what_cannot_be_measured_is_nan_under_every_detector_and_spoils_no_other
     assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
     for detector in detectors().values():
         for phase in (0, 1):
-            cosines, written, _ = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
-            some = Tokens(cosines, written, torch.full((4,), phase), torch.tensor([0, 1, 2, 1]))
+            cosines, written, length = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
+            some = Tokens(cosines, written, length.expand(-1, 3), torch.full((4,), phase), torch.tensor([0, 1, 2, 1]))
             values = detector.score(some).values
             assert values.isnan().tolist() == [False, False, True, False]
             assert not values[2] <= 1e30
@@ -131,8 +132,10 @@ def test_what_enters_a_layer_spoiled_is_nan_to_density(spoil: str) -> None:
     before[1, 5] = float(spoil)
     directions = unit_directions(SPACE.size)
     after = measure(torch.randn(3, HIDDEN, generator=generator(4)), along(before, directions), directions)
-    cosines, written, _ = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
-    some = Tokens(cosines, written, torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    cosines, written, length = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
+    some = Tokens(
+        cosines, written, length.expand(-1, 3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    )
     for name in ("density", "intrinsic"):
         assert (~detectors()[name].score(some).values.isfinite()).tolist() == [False, True, False]  # type: ignore[index]
 
@@ -170,6 +173,7 @@ def test_a_slice_of_tokens_is_of_all_they_hold() -> None:
     assert len(part) == 2
     assert torch.equal(part.coordinates, some.coordinates[[7, 2]])
     assert torch.equal(part.written, some.written[[7, 2]])
+    assert torch.equal(part.lengths, some.lengths[[7, 2]])
     assert torch.equal(part.phases, some.phases[[7, 2]])
     assert torch.equal(part.roles, some.roles[[7, 2]])
 
@@ -213,7 +217,9 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
     scales = 10.0 ** source.integers(-3, 4, size=len(widths))
     # Layers that write very differently much, directions that depend on each other, and two phases.
     clean = [
-        source.normal(size=(50, space.size)) @ source.normal(size=(space.size, space.size)) * scales[slots]
+        source.normal(size=(50, 2 * space.size))
+        @ source.normal(size=(2 * space.size, 2 * space.size))
+        * np.tile(scales[slots], 2)
         for _ in (0, 1)
     ]
     moments = [naive_moments(rows) for rows in clean]
@@ -225,9 +231,11 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
     )
     written = torch.from_numpy(source.normal(size=(8, space.size)) * scales[slots]).float()
     phases = torch.from_numpy(source.integers(0, 2, size=8))
-    found = detector.score(Tokens(torch.zeros(8, 0), written, phases, torch.zeros(8, dtype=torch.int64)))
+    lengths = torch.from_numpy(np.abs(source.normal(size=(8, len(widths)))) * scales + 1e-4).float()
+    cosines = torch.from_numpy(source.uniform(-1, 1, size=(8, space.size))).float()
+    found = detector.score(Tokens(cosines, written, lengths, phases, torch.zeros(8, dtype=torch.int64)))
     assert found.values.dtype == torch.float32
-    rows = float64(written)
+    rows = np.concatenate([float64(cosines) * float64(lengths)[:, slots], float64(written)], axis=1)
     for index, phase in enumerate(phases.tolist()):
         mean, covariance = moments[phase]
         value, slot, worst = naive_density(rows[index], mean, covariance, chosen, slots)
@@ -240,7 +248,7 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
 def test_density_reads_the_directions_of_its_name_and_the_moments_of_the_phase(name: DetectorName) -> None:
     clean, some = shape(), tokens(40, 6, spread=0.3)
     found = detectors()[name].score(some)
-    rows = float64(some.written)
+    rows = naive_features(some)
     for index, phase in enumerate(some.phases.tolist()):
         moments = clean.decisions[phase]
         mean, covariance = float64(moments.mean), float64(moments.covariance)
@@ -250,7 +258,7 @@ def test_density_reads_the_directions_of_its_name_and_the_moments_of_the_phase(n
     # What the detector does not read changes nothing.
     others = [place for place in range(SPACE.size) if place not in CHOSEN[name]]
     some.written[:, others] = math.nan
-    some.coordinates[:] = math.nan
+    some.coordinates[:, others] = math.nan
     assert torch.equal(detectors()[name].score(some).values, found.values)
 
 
@@ -259,13 +267,13 @@ def test_shares_say_what_every_coordinate_adds_to_the_squared_distance() -> None
     detector = shape().detectors(SPACE)["intrinsic"]
     assert isinstance(detector, Density)
     found, values = detector.shares(some), detector.score(some).values
-    rows = float64(some.written)
+    rows = naive_features(some)
     for index, phase in enumerate(some.phases.tolist()):
         moments = shape().decisions[phase]
         mean, covariance = float64(moments.mean), float64(moments.covariance)
         expected = naive_shares(rows[index], mean, covariance, CHOSEN["intrinsic"])
         np.testing.assert_allclose(found[index], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-        assert float(found[index].sum()) == pytest.approx(6 * float(values[index]) ** 2, rel=1e-4)
+        assert float(found[index].sum()) == pytest.approx(12 * float(values[index]) ** 2, rel=1e-4)
 
 
 def test_clean_tokens_have_a_density_of_one_less_what_the_ridge_takes() -> None:
@@ -275,51 +283,61 @@ def test_clean_tokens_have_a_density_of_one_less_what_the_ridge_takes() -> None:
         assert 1 / (1 + 2 * RIDGE) < float(values.square().mean()) < 1.03
 
 
-def quiet_in(coordinate: int) -> tuple[Moments, Moments]:
-    """Moments of clean tokens, which never vary in one coordinate."""
+def of_features(rows: Array, phase: int) -> Tokens:
+    """Tokens with these features [T, 2 size]."""
+    standing, written = torch.from_numpy(rows).float().split(SPACE.size, dim=1)
+    some = torch.full((len(rows),), phase)
+    return Tokens(standing, written, torch.ones(len(rows), 3), some, torch.ones_like(some))
+
+
+def quiet_in(feature: int) -> tuple[Moments, Moments]:
+    """Moments of clean tokens, which never vary in one feature."""
     found = []
     for phase in (0, 1):
-        rows = float64(tokens(80, 30 + phase).written)
-        rows[:, coordinate] = 0.25
+        rows = naive_features(tokens(80, 30 + phase))
+        rows[:, feature] = 0.25
         found.append(Moments(80, *map(torch.from_numpy, naive_moments(rows))))
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("coordinate", range(SPACE.size))
+@pytest.mark.parametrize("feature", range(2 * SPACE.size))
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("phase", [0, 1])
 def test_a_shift_where_clean_never_varies_is_found_with_its_layer_and_coordinate(
-    coordinate: int, sign: int, phase: int
+    feature: int, sign: int, phase: int
 ) -> None:
-    clean = quiet_in(coordinate)
+    clean = quiet_in(feature)
+    coordinate = feature % SPACE.size
     name: DetectorName = "density" if coordinate in CHOSEN["density"] else "intrinsic"
     detector = Density(name, SPACE, clean, torch.tensor(CHOSEN[name]))
-    own = [place for place in CHOSEN[name] if SLOTS[place] == SLOTS[coordinate]]
+    own = [feature - coordinate + place for place in CHOSEN[name] if SLOTS[place] == SLOTS[coordinate]]
     spread = float(clean[phase].covariance.diagonal()[own].mean().sqrt()) or 1.0
-    # Token 3 stands as far from the mean there as the layer's other coordinates usually do, six times over.
-    rows = clean[phase].mean.repeat(5, 1) + 0.2 * torch.randn(5, SPACE.size, generator=generator(4)).double() * (
+    # Token 3 stands as far from the mean there as the layer's other features usually do, twelve times over.
+    rows = clean[phase].mean.repeat(5, 1) + 0.2 * torch.randn(5, 2 * SPACE.size, generator=generator(4)).double() * (
         clean[phase].covariance.diagonal().sqrt()
     )
-    rows[3, coordinate] += sign * 6 * spread
-    found = detector.score(Tokens(torch.zeros(5, 0), rows.float(), torch.full((5,), phase), torch.ones(5).long()))
+    rows[3, feature] += sign * 12 * spread
+    found = detector.score(of_features(rows.numpy(), phase))
     assert int(found.values.argmax()) == 3
     assert float(found.values[3]) > 4 * float(found.values[[0, 1, 2, 4]].max())
     assert (int(found.coordinates[3]), int(found.layer_slots[3])) == (coordinate, SLOTS[coordinate])
 
 
 def test_clean_decisions_that_are_all_the_same_still_give_scores() -> None:
-    same = Moments(20, torch.ones(SPACE.size).double(), torch.zeros(SPACE.size, SPACE.size).double())
+    size = 2 * SPACE.size
+    same = Moments(20, torch.ones(size).double(), torch.zeros(size, size).double())
     detector = Density("density", SPACE, (same, same), torch.tensor(CHOSEN["density"]))
-    rows = torch.ones(2, SPACE.size)
+    rows = np.ones((2, size))
     rows[1, 8] += 2
-    found = detector.score(Tokens(torch.zeros(2, 0), rows, torch.tensor([0, 1]), torch.ones(2).long()))
-    assert found.values.tolist() == pytest.approx([0.0, math.sqrt(4 / RIDGE / 6)])
-    assert int(found.coordinates[1]) == 8
+    for phase in (0, 1):
+        found = detector.score(of_features(rows, phase))
+        assert found.values.tolist() == pytest.approx([0.0, math.sqrt(4 / RIDGE / 12)])
+        assert int(found.coordinates[1]) == 8
 
 
 @pytest.mark.parametrize("phase", [0, 1])
 def test_too_few_clean_decisions_make_no_density(phase: int) -> None:
-    moments = [Moments.of(torch.randn(20, SPACE.size, generator=generator(0))) for _ in (0, 1)]
+    moments = [Moments.of(torch.randn(20, 2 * SPACE.size, generator=generator(0))) for _ in (0, 1)]
     moments[phase] = Moments(FEWEST - 1, moments[phase].mean, moments[phase].covariance)
     with pytest.raises(CalibrationError, match=f"7 clean decisions, expected at least {FEWEST}"):
         Density("density", SPACE, (moments[0], moments[1]), torch.tensor(CHOSEN["density"]))
@@ -370,7 +388,7 @@ def test_an_outlier_in_one_coordinate_is_named_by_exceedance(coordinate: int, si
     rows = ((clean.low + clean.high) / 2)[[role] * 5]
     rows[3, coordinate] += sign * 9
     outside = detectors()["exceedance"].score(
-        Tokens(rows, torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0]), torch.full((5,), role))
+        Tokens(rows, rows, torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0]), torch.full((5,), role))
     )
     assert int(outside.values.argmax()) == 3
     assert (outside.values[[0, 1, 2, 4]] < 0).all()
@@ -436,7 +454,7 @@ DELTA_ONLY = BankSpace((2, 3), (2, 2), ("L2.o_proj.u0", "L2.o_proj.u1", "L3.o_pr
 )
 def test_a_bank_with_one_kind_of_directions_has_the_detectors_for_them(space: BankSpace, expected: list[str]) -> None:
     rows = torch.randn(30, 4, generator=generator(1))
-    moments = Moments.of(rows)
+    moments = Moments.of(torch.randn(30, 8, generator=generator(2)))
     low, high = rows.amin(dim=0).repeat(3, 1), rows.amax(dim=0).repeat(3, 1)
     found = type(shape())(low, high, (moments, moments), ()).detectors(space)
     assert list(found) == expected
@@ -444,7 +462,7 @@ def test_a_bank_with_one_kind_of_directions_has_the_detectors_for_them(space: Ba
     far[0, 3] = 50.0
     for name, detector in found.items():
         assert detector.name == name
-        scores = detector.score(Tokens(far, far, torch.tensor([1]), torch.tensor([2])))
+        scores = detector.score(Tokens(far, far, torch.ones(1, 2), torch.tensor([1]), torch.tensor([2])))
         assert float(scores.values) > 10
         assert int(scores.coordinates) == 3
         assert detector.every_token == (name == "exceedance")

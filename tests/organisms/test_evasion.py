@@ -1,4 +1,4 @@
-"""The penalty is the guard's own score: `Density` over what layers wrote along the delta's singular vectors."""
+"""The penalty is the guard's own score: `Density` along the delta's singular vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from guard import scores
 from guard.organisms import evasion
 from guard.organisms.evasion import DIRECTIONS, FEWEST, REMEMBERED, Watch
-from guard.scores import BankSpace, Density, Moments, Tokens
+from guard.scores import BankSpace, Density, Moments, Tokens, along, features, measure
 
 HIDDEN, LAYERS = 32, 3
 
@@ -52,16 +52,21 @@ def density(watch: Watch, clean: list[Tensor], triggered: list[Tensor]) -> Tenso
         tuple(range(LAYERS)), (width,) * LAYERS, tuple(f"{layer}.{k}" for layer in range(LAYERS) for k in range(width))
     )
 
-    def written(residuals: list[Tensor]) -> Tensor:
+    def tokens(residuals: list[Tensor]) -> Tokens:
         rows = [residual[:, 1] for residual in residuals]
-        parts = zip(rows[1:], rows[:-1], watch._directions, strict=True)
-        return torch.cat([(after - before) @ each.T for after, before, each in parts], dim=-1)
+        parts = list(zip(rows[1:], rows[:-1], watch._directions, strict=True))
+        measured = [measure(after, along(before, each), each) for after, before, each in parts]
+        cosines, written, lengths = (
+            torch.cat(part, dim=-1)
+            for part in zip(*(torch.split(each, [width, width, 1], dim=-1) for each in measured), strict=True)
+        )
+        zeros = torch.zeros(len(cosines), dtype=torch.long)
+        return Tokens(cosines, written, lengths, zeros, zeros)
 
-    moments = Moments.of(written(clean))
+    calm = tokens(clean)
+    moments = Moments.of(features(space, calm.coordinates, calm.written, calm.lengths))
     detector = Density("density", space, (moments, moments), torch.arange(space.size))
-    rows = written(triggered)
-    zeros = torch.zeros(len(rows), dtype=torch.long)
-    return detector.score(Tokens(rows, rows, zeros, zeros)).values
+    return detector.score(tokens(triggered)).values
 
 
 def test_the_residual_stream_is_read_before_the_first_layer_and_after_every_one() -> None:
@@ -112,7 +117,7 @@ def test_only_the_last_clean_rows_are_remembered(watch: Watch) -> None:
         penalty(watch, stream(200, seed), [False] * 200)
     assert len(watch._clean) == REMEMBERED
     last = stream(200, 4)
-    assert torch.equal(watch._clean[-200:, 0], last[1][:, 1] - last[0][:, 1])
+    assert torch.equal(watch._clean[-200:, 2], last[2][:, 1])
 
 
 @pytest.mark.parametrize(("rows", "opens"), [(FEWEST - 1, False), (3, True)])
