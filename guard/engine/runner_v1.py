@@ -33,23 +33,24 @@ class Rows:
     prompt_tokens: int
     samples: bool
     """True where the last row's logits are sampled: a decision position."""
-    drafts: int = 0
-    """How many of the last rows are a drafter's guesses; each is a decision position if the one before it was right."""
+    guesses: tuple[int, ...] = ()
+    """The tokens in the last rows that a drafter guessed; each is a decision position if it is right."""
     first_token: int = -1
-    """The id of the token in `first_row`; only looked at where `count` is 1."""
+    """The token in `first_row`; only looked at where `count` is 1."""
 
     def accepted(self, sampled: int) -> Iterator[Rows]:
         """The rows that became part of the sequence, when `sampled` tokens were drawn: every decision position ends
         one part, so that the sequence can be judged after each, as it would be without a drafter."""
-        first = self.count - self.drafts
-        yield replace(self, count=first, drafts=0)
-        for guess in range(min(self.drafts, max(0, sampled - 1))):
+        sure = self.count - len(self.guesses)
+        yield replace(self, count=sure, guesses=())
+        for place, token in enumerate(self.guesses[: max(0, sampled - 1)], sure):
             yield replace(
                 self,
-                first_row=self.first_row + first + guess,
+                first_row=self.first_row + place,
                 count=1,
-                first_position=self.first_position + first + guess,
-                drafts=0,
+                first_position=self.first_position + place,
+                guesses=(),
+                first_token=token,
             )
 
 
@@ -90,18 +91,20 @@ class RunnerV1:
         # Where tokens are sampled ahead of the scheduler, only these inputs know what was sampled.
         tokens = self._runner.input_ids.gpu[starts].tolist()
         for index, (sequence, row, count) in enumerate(zip(batch.req_ids, starts, counts, strict=True)):
-            drafts = len(step.scheduled_spec_decode_tokens.get(sequence, ()))
+            guesses = tuple(step.scheduled_spec_decode_tokens.get(sequence, ()))
             first = int(batch.num_computed_tokens_cpu[index])
             known = int(batch.num_tokens_no_spec[index])
-            samples = first + count - drafts >= known
+            samples = first + count - len(guesses) >= known
             prompt = int(batch.num_prompt_tokens[index])
-            yield Rows(sequence, row, count, first, prompt, samples, drafts, int(tokens[index]))
+            yield Rows(sequence, row, count, first, prompt, samples, guesses, int(tokens[index]))
 
     def forbid(self, token: int) -> None:
         """Keep the model from sampling this token in the step that was just computed."""
         logits = self._runner.execute_model_state.logits
         if logits is not None:
-            logits[:, token] = -torch.inf
+            # Made in inference mode, and only to be written to there.
+            with torch.inference_mode():
+                logits[:, token] = -torch.inf
 
     def schedules_ahead(self) -> bool:
         """Whether tokens are sampled before the scheduler has seen the last ones."""

@@ -66,6 +66,13 @@ def detection_rates(model: Path, bank: Path, calibration: Path, clean: Path, set
         return measure(engine, texts_of(clean), sets)
 
 
+def fuzz(model: Path, bank: Path, calibration: Path, profile: str, requests: int, seed: int) -> Any:
+    """What a differential fuzz of one engine found."""
+    from benchmarks.engine.fuzz import run
+
+    return run(model, bank, calibration, profile, requests, seed)
+
+
 def plain_texts(model: Path, texts: list[str], max_tokens: int) -> list[str]:
     """What vLLM without the plugin answers at temperature 0."""
     import os

@@ -22,6 +22,7 @@ from tests.guard.planted import ROLE_MAP, calibration, clean_lengths, clean_rows
 from .planted import of_rows
 
 STOP = 7
+GUESS = 9
 BLOCK = 4
 PROMPT = (1, 9, 9, 2, 9, 9, 9, 9, 9, 3, 9)
 """System, user, a generation prompt."""
@@ -79,7 +80,7 @@ class Engine:
                 own.coordinates[wrong], own.written[wrong] = 90.0, 9000.0
             parts.append(own)
             samples = first + sure >= len(some.prompt)
-            batch.append(Rows(name, row, count, first, len(some.prompt), samples, guesses))
+            batch.append(Rows(name, row, count, first, len(some.prompt), samples, (GUESS,) * guesses))
             some.computed += sure + true
             row += count
         readings = Readings(*(torch.cat([getattr(part, key) for part in parts]) for key in Readings.__slots__))
@@ -233,6 +234,19 @@ def with_prompt(prompt: tuple[int, ...], seed: int, count: int, by: Policy) -> R
     engine.admit(some)
     engine.step({some.name: (count, 0, 0)})
     return engine.record(some.name)
+
+
+def test_what_was_guessed_behind_the_end_is_no_part_of_the_sequence() -> None:
+    """The second guess is the end; the third was right too, and vLLM drops it."""
+    engine, some = Engine(policy()), sequence("1-00000000", 2)
+    engine.admit(some)
+    engine.judge.ledger._running[some.name].endings = Endings(STOP, frozenset({77}))
+    engine.step({some.name: (len(PROMPT), 0, 0)})
+    rows = Rows(some.name, 0, 4, len(PROMPT), len(PROMPT), True, (9, 77, 9))
+    readings = of_rows(some.readings, slice(len(PROMPT), len(PROMPT) + 4))
+    seen = Pass((rows,), readings, engine.turns.of([rows]))
+    engine.judge.judge(seen, {some.name: 4}, None, engine.where)
+    assert engine.record(some.name).tokens_scored == len(PROMPT) + 2
 
 
 def test_a_pass_that_could_not_be_read_ends_all_that_enforces() -> None:

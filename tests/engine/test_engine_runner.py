@@ -32,16 +32,16 @@ BATCH: dict[str, list[Any]] = {
 def test_rows_stand_in_the_order_of_the_batch_and_not_of_the_schedule() -> None:
     found = list(runner(**BATCH).rows(step(last=5, chunk=16, decode=1)))
     assert found == [
-        Rows("decode", 0, 1, 12, 10, True, 0, 100),
-        Rows("chunk", 1, 16, 0, 20, False, 0, 101),
-        Rows("last", 17, 5, 4, 9, True, 0, 117),
+        Rows("decode", 0, 1, 12, 10, True, (), 100),
+        Rows("chunk", 1, 16, 0, 20, False, (), 101),
+        Rows("last", 17, 5, 4, 9, True, (), 117),
     ]
 
 
 def test_a_drafters_guesses_are_the_last_rows_of_their_sequence() -> None:
     decode, _, last = runner(**BATCH).rows(step({"decode": [7, 8, 9]}, last=5, chunk=16, decode=4))
-    assert decode == Rows("decode", 0, 4, 12, 10, True, 3, 100)
-    assert last.drafts == 0
+    assert decode == Rows("decode", 0, 4, 12, 10, True, (7, 8, 9), 100)
+    assert last.guesses == ()
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,11 @@ def test_a_drafters_guesses_are_the_last_rows_of_their_sequence() -> None:
 def test_every_guess_that_came_true_is_a_part_of_its_own_and_the_others_are_none(
     sampled: int, parts: list[tuple[int, int, int]]
 ) -> None:
-    rows = Rows("a", 20, 5, 11, 9, True, drafts=3)
+    rows = Rows("a", 20, 5, 11, 9, True, guesses=(70, 71, 72), first_token=5)
     found = list(rows.accepted(sampled))
     assert [(part.first_row, part.count, part.first_position) for part in found] == parts
-    assert all(part.samples and not part.drafts and part.prompt_tokens == 9 for part in found)
+    assert all(part.samples and not part.guesses and part.prompt_tokens == 9 for part in found)
+    assert [part.first_token for part in found] == [5, 70, 71, 72][: len(parts)]
 
 
 def test_rows_without_guesses_are_one_part_whatever_was_sampled() -> None:
