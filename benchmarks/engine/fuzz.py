@@ -3,7 +3,7 @@
     python -m benchmarks.engine.fuzz --model DIR --bank FILE --calibration FILE --requests 2000 --json OUT
 
 Requests are random: shared prefixes, lengths, sampling, several choices, arrivals and aborts. The engine is made hard:
-a KV space so small that requests are preempted, prompts in chunks, the prefix cache on, n-gram speculation or scheduling
+a KV space so small that requests are preempted, prompts in chunks, the prefix cache, n-gram speculation or scheduling
 ahead. Then each sequence is read again, alone and whole, by transformers, and held against what the engine scored:
 
 - coverage: every token that entered the model has a score, by a probe or from the cache, and no other token has one;

@@ -66,13 +66,6 @@ def detection_rates(model: Path, bank: Path, calibration: Path, clean: Path, set
         return measure(engine, texts_of(clean), sets)
 
 
-def fuzz(model: Path, bank: Path, calibration: Path, profile: str, requests: int, seed: int) -> Any:
-    """What a differential fuzz of one engine found."""
-    from benchmarks.engine.fuzz import run
-
-    return run(model, bank, calibration, profile, requests, seed)
-
-
 def plain_texts(model: Path, texts: list[str], max_tokens: int) -> list[str]:
     """What vLLM without the plugin answers at temperature 0."""
     import os
@@ -122,8 +115,9 @@ def start_without_one_hook(model: Path, bank: Path, calibration: Path) -> tuple[
         return start_error(model, bank, calibration)
 
 
-def support_error(model: Path, section: str, field: str, value: object) -> str:
-    """What the guard says of vLLM's configuration with one field changed (None: unchanged); empty where it agrees."""
+def support_error(model: Path, changes: dict[str, object]) -> str:
+    """What the guard says of vLLM's configuration with these fields changed, named like `cache_config.field`; empty
+    where it agrees."""
     from vllm.engine.arg_utils import EngineArgs
 
     from guard.engine.support import check_support
@@ -131,8 +125,9 @@ def support_error(model: Path, section: str, field: str, value: object) -> str:
 
     arguments = EngineArgs(model=str(model), dtype="float32", enable_prefix_caching=False, async_scheduling=False)
     config = arguments.create_engine_config()
-    if value is not None:
-        setattr(getattr(config, section), field, value)
+    for name, value in changes.items():
+        section, _, field = name.rpartition(".")
+        setattr(getattr(config, section) if section else config, field, value)
     try:
         check_support(config)
     except UnsupportedEngineError as error:

@@ -5,27 +5,35 @@ A short run of `benchmarks/engine/fuzz.py`; a long one is recorded in `benchmark
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from guard.organisms import Organism
-from tests.e2e import child
 
-REQUESTS = 60
+REQUESTS = 180
+PROFILES = ("cache", "ahead", "speculation")
 
 
-@pytest.mark.parametrize("profile", ["cache", "speculation", "ahead"])
 def test_every_token_of_every_request_has_the_models_own_score(
-    organism: Organism, bank: Path, calibration: Path, in_child: Callable[..., Any], profile: str
+    organism: Organism, bank: Path, calibration: Path, workshop: Path
 ) -> None:
-    found = in_child(child.fuzz, organism.backdoored, bank, calibration, profile, REQUESTS, 11)
-    assert found.faults == ()
-    # It saw what it is there to see.
-    assert found.sequences > REQUESTS
-    assert found.recalled > 300
-    assert found.preemptions > 0
-    assert found.blocked > 0
-    assert (found.accepted_guesses > 0) == (profile == "speculation")
+    out = workshop / "fuzz.json"
+    # A process of its own: the drafter loads a library that vLLM 0.32 trips over when it starts again.
+    command = [sys.executable, "-m", "benchmarks.engine.fuzz", "--model", organism.backdoored, "--bank", bank]
+    command += ["--calibration", calibration, "--requests", REQUESTS, "--seed", 11, "--json", out]
+    done = subprocess.run(
+        [*map(str, command), "--profiles", *PROFILES], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    runs = {run["profile"]: run for run in json.loads(out.read_text())["runs"]}
+    assert set(runs) == set(PROFILES)
+    for profile, found in runs.items():
+        assert found["faults"] == []
+        # It saw what it is there to see.
+        assert found["sequences"] > REQUESTS // len(PROFILES)
+        assert found["recalled"] > 300
+        assert found["preemptions"] > 0
+        assert found["blocked"] > 0
+        assert (found["accepted_guesses"] > 0) == (profile == "speculation")
