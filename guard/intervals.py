@@ -1,9 +1,9 @@
-"""Exact binomial intervals, for rates that are counted."""
+"""Exact intervals, for rates that are counted and for medians."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 NEGLIGIBLE = 1e-17
 
@@ -49,6 +49,19 @@ def beta_interval(rank: int, count: int, confidence: float = 0.95) -> tuple[floa
     low = _solve(lambda rate: binomial_tail(rank, count, rate) - tail)
     high = _solve(lambda rate: binomial_tail(rank, count, rate) - (1 - tail))
     return low, high
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Two of the values between which the median of whatever they are drawn from lies with at least this confidence:
+    as many are below it as heads in so many tosses of a coin. The smallest and the largest where they are too few."""
+    ordered, tail = sorted(values), (1 - confidence) / 2
+    if not ordered:
+        raise ValueError("no values, expected at least one")
+    # The interval from the (low + 1)-th smallest to the (low + 1)-th largest misses with P(X <= low) on either side.
+    low = 0
+    while low + 1 <= (len(ordered) - 1) // 2 and 1 - binomial_tail(low + 2, len(ordered), 0.5) <= tail:
+        low += 1
+    return ordered[low], ordered[len(ordered) - 1 - low]
 
 
 def _solve(rising: Callable[[float], float]) -> float:
