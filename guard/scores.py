@@ -16,7 +16,7 @@ These plain-torch functions are the reference that any faster kernel is held aga
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,9 +26,10 @@ from guard.bank import Bank, is_own
 from guard.errors import CalibrationError
 from guard.verdict import DetectorName
 
-RIDGE = 2.0
-"""Added to every variance, in units of the mean variance of the coordinate's layer: what clean traffic hardly ever
-varies in must not count without bound. Chosen on development organisms, see docs/decisions/0003-density.md."""
+RIDGES = (1.0, 2.0)
+"""Added to every variance, of where the residual stands and of what was written, in units of the mean variance in the
+same layer: what clean traffic hardly ever varies in must not count without bound. Chosen on development organisms, see
+docs/decisions/0003-density.md."""
 
 FEWEST = 8
 """Clean tokens that a covariance is made from, at least. Far more are needed for a good one."""
@@ -82,26 +83,32 @@ def along(residual: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return residual.float() @ directions.T
 
 
-def measure(residual: torch.Tensor, entered: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Cosine of every residual row with every direction, what the layer wrote along it, and the row's length.
+def lengths_of(residual: torch.Tensor) -> torch.Tensor:
+    """Lengths float32 [T] of residual rows [T, H]."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(residual.float(), dim=-1)
+    return lengths
+
+
+def measure(
+    after: torch.Tensor, entered: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What detectors read, from what was projected.
 
     Args:
-        residual: [T, H], after the layer; any float dtype, computed in float32.
-        entered: float32 [T, K], `along` of the residual before the layer.
-        directions: [K, H] float32, unit rows.
+        after: float32 [T, size], `along` of the residual after each coordinate's layer.
+        entered: float32 [T, size], the same before that layer.
+        lengths: float32 [T, layers], `lengths_of` the residual after each layer.
+        slots: int64 [size], each coordinate's layer.
 
     Returns:
-        [T, 2 K + 1] float32: K cosines, K projections of what was written, the length. A row of zeros, or one with NaN
-        or infinity, gives NaN: it cannot be scored. So does one whose length float32 cannot hold; its cosines would
-        come out as zeros, which is what clean looks like.
+        Cosines and what was written, both [T, size], and lengths [T, layers]. A row of zeros, or one with NaN or
+        infinity, gives NaN: it cannot be scored. So does one whose length float32 cannot hold; its cosines would come
+        out as zeros, which is what clean looks like.
     """
-    rows = residual.float()
-    lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    measured = (lengths > SHORTEST) & lengths.isfinite()
-    lengths = lengths.where(measured, torch.nan)
-    projected = rows @ directions.T
-    written = (projected - entered).where(measured, torch.nan)
-    return torch.cat([projected / lengths, written, lengths], dim=-1)
+    lengths = lengths.where((lengths > SHORTEST) & lengths.isfinite(), torch.nan)
+    each = lengths[:, slots]
+    # Times a length over itself: NaN where the length is.
+    return after / each, (after - entered) * (each / each), lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +141,6 @@ def features(space: BankSpace, coordinates: torch.Tensor, written: torch.Tensor,
     return torch.cat([coordinates * lengths[:, space.layer_slot()], written], dim=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScores:
-    """One detector's scores of T tokens."""
-
-    values: torch.Tensor
-    """float32 [T]."""
-    layer_slots: torch.Tensor
-    """int64 [T], index into `BankSpace.layers` of the layer that contributed most."""
-    coordinates: torch.Tensor
-    """int64 [T], the coordinate that contributed most, of that layer."""
-
-
 class Detector(Protocol):
     """Scores tokens against what clean traffic looked like."""
 
@@ -153,8 +148,13 @@ class Detector(Protocol):
     every_token: bool
     """True: scores every token. False: scores decision positions only."""
 
-    def score(self, tokens: Tokens) -> TokenScores:
-        """The scores of T tokens."""
+    def values(self, tokens: Tokens) -> torch.Tensor:
+        """float32 [T]."""
+        ...
+
+    def explain(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the scores of T tokens come from: int64 [T], index into `BankSpace.layers` of the layer that
+        contributed most, and int64 [T], the coordinate of that layer that did. Costs as much as `values` again."""
         ...
 
 
@@ -174,8 +174,12 @@ class Exceedance:
         self._chosen = chosen
         self._layer_slot = space.layer_slot()
 
-    def score(self, tokens: Tokens) -> TokenScores:
-        return self._worst(tokens.coordinates, self._low[tokens.roles], self._high[tokens.roles])
+    def values(self, tokens: Tokens) -> torch.Tensor:
+        return self._worst(tokens.coordinates, self._low[tokens.roles], self._high[tokens.roles])[0]
+
+    def explain(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        _, worst = self._worst(tokens.coordinates, self._low[tokens.roles], self._high[tokens.roles])
+        return self._layer_slot[worst], worst
 
     def by_role(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of coordinates [T, size], for each role that a token could have: values float32 [T, 3], and the coordinates
@@ -184,13 +188,15 @@ class Exceedance:
         A token whose state another request takes from the cache may be another speaker's there.
         """
         scores = [self._worst(coordinates, low, high) for low, high in zip(self._low, self._high, strict=True)]
-        return torch.stack([each.values for each in scores], -1), torch.stack([each.coordinates for each in scores], -1)
+        values, worst = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
+        return values, worst
 
-    def _worst(self, coordinates: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> TokenScores:
+    def _worst(
+        self, coordinates: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         read = coordinates[:, self._chosen]
         values, worst = torch.maximum(read - high, low - read).max(dim=-1)
-        worst = self._chosen[worst]
-        return TokenScores(values, self._layer_slot[worst], worst)
+        return values, self._chosen[worst]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +234,8 @@ class Density:
     """How improbable a token's features are under the clean normal distribution of its phase.
 
     Where the residual stands after a layer, and what the layer wrote, are each first put in units of their root mean
-    variance, so that no layer counts more for being longer; then value = sqrt(x' (C + RIDGE I)^-1 x / 2 D) for the
-    deviation x of the 2 D features of D directions with covariance C.
+    variance, so that no layer counts more for being longer; then value = sqrt(x' (C + R)^-1 x / 2 D) for the
+    deviation x of the 2 D features of D directions with covariance C, R diagonal with `RIDGES`.
     """
 
     every_token = False
@@ -250,28 +256,31 @@ class Density:
         self._means = tuple(moments.mean[read].float() for moments in clean)
         self._factors = tuple(_whitening(moments, read, blocks) for moments in clean)
 
-    def score(self, tokens: Tokens) -> TokenScores:
+    def values(self, tokens: Tokens) -> torch.Tensor:
         rows = self._features(tokens)
         values = torch.empty(len(rows), dtype=torch.float32)
-        slots = torch.zeros(len(rows), dtype=torch.int64)
-        worst = torch.zeros(len(rows), dtype=torch.int64)
-        for phase in sorted(set(tokens.phases.tolist())):
-            own = (tokens.phases == phase).nonzero().squeeze(-1)
-            whitened, shares = self._explain(rows[own], phase)
+        for phase, own in _by_phase(tokens):
+            whitened = (rows[own] - self._means[phase]) @ self._factors[phase]
             values[own] = whitened.square().mean(dim=-1).sqrt()
-            by_layer = torch.zeros(len(own), len(self._space.layers)).index_add_(1, self._slots, shares)
-            slots[own] = by_layer.argmax(dim=-1)
-            elsewhere = self._slots[None, :] != slots[own][:, None]
-            worst[own] = self._chosen[shares.masked_fill(elsewhere, -torch.inf).argmax(dim=-1)]
-        return TokenScores(values, slots, worst)
+        return values
+
+    def explain(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        shares = self.shares(tokens)
+        by_layer = torch.zeros(len(shares), len(self._space.layers)).index_add_(1, self._slots, shares)
+        slots = by_layer.argmax(dim=-1)
+        elsewhere = self._slots[None, :] != slots[:, None]
+        return slots, self._chosen[shares.masked_fill(elsewhere, -torch.inf).argmax(dim=-1)]
 
     def shares(self, tokens: Tokens) -> torch.Tensor:
-        """float32 [T, D]: what every chosen coordinate adds to 2 D times the squared score; some are negative."""
+        """float32 [T, D]: what every chosen coordinate adds to 2 D times the squared score, the sum of x_i (P x)_i over
+        its two features; some are negative."""
         rows = self._features(tokens)
         shares = torch.empty(len(rows), len(self._chosen))
-        for phase in sorted(set(tokens.phases.tolist())):
-            own = tokens.phases == phase
-            shares[own] = self._explain(rows[own], phase)[1]
+        for phase, own in _by_phase(tokens):
+            deviations = rows[own] - self._means[phase]
+            each = deviations * (deviations @ self._factors[phase] @ self._factors[phase].T)
+            standing, writing = torch.split(each, len(self._chosen), dim=-1)
+            shares[own] = standing + writing
         return shares
 
     def _features(self, tokens: Tokens) -> torch.Tensor:
@@ -279,19 +288,16 @@ class Density:
         projections = tokens.coordinates[:, self._chosen] * tokens.lengths[:, self._slots]
         return torch.cat([projections, tokens.written[:, self._chosen]], dim=-1)
 
-    def _explain(self, rows: torch.Tensor, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whitened deviations [T, 2 D], and [T, D] what each coordinate adds to x' P x: the sum of x_i (P x)_i over its
-        two features."""
-        deviations = rows - self._means[phase]
-        whitened = deviations @ self._factors[phase]
-        shares = deviations * (whitened @ self._factors[phase].T)
-        standing, writing = torch.split(shares, len(self._chosen), dim=-1)
-        return whitened, standing + writing
+
+def _by_phase(tokens: Tokens) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each phase that occurs, and the rows of its tokens."""
+    for phase in sorted(set(tokens.phases.tolist())):
+        yield phase, (tokens.phases == phase).nonzero().squeeze(-1)
 
 
 def _whitening(moments: Moments, chosen: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """float32 [F, F]: W with x W W' x' = x S^-1 (S^-1 C S^-1 + RIDGE I)^-1 S^-1 x', S the scales. `slots`: which
-    features share one."""
+    """float32 [2 D, 2 D]: W with x W W' x' = x S^-1 (S^-1 C S^-1 + R)^-1 S^-1 x', S the scales and R the ridges.
+    `slots`: which features share a scale."""
     if moments.count < FEWEST:
         raise CalibrationError(f"{moments.count} clean decisions, expected at least {FEWEST}")
     covariance = moments.covariance[chosen][:, chosen]
@@ -301,7 +307,8 @@ def _whitening(moments: Moments, chosen: torch.Tensor, slots: torch.Tensor) -> t
     means = torch.zeros(layers, dtype=torch.float64).index_add_(0, slots, variances) / counts.clamp_min(1)
     # Clean decisions that are all the same leave nothing to measure by; a length of one then does.
     scales = torch.where(means > 0, means, torch.ones_like(means)).sqrt()[slots]
-    normed = covariance / torch.outer(scales, scales) + RIDGE * torch.eye(len(chosen), dtype=torch.float64)
+    ridges = torch.tensor(RIDGES, dtype=torch.float64).repeat_interleave(len(chosen) // 2)
+    normed = covariance / torch.outer(scales, scales) + torch.diag(ridges)
     # normed = L L', so its inverse is L^-T L^-1.
     lower = torch.linalg.cholesky(normed)
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(chosen), dtype=torch.float64), upper=False)

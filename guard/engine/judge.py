@@ -64,7 +64,8 @@ class Judge:
         """
         parts = [part for rows in seen.batch for part in rows.accepted(sampled.get(rows.sequence, 0))]
         kept = dict.fromkeys((rows.sequence for rows in seen.batch), 0)
-        for part, scores in zip(parts, self._scorer.score(seen.readings, seen.roles, parts), strict=True):
+        found = self._scorer.score(seen.readings, seen.roles, parts, self.ledger.best)
+        for part, scores in zip(parts, found, strict=True):
             sequence = part.sequence
             if self.ledger.blocked(sequence) or self.ledger.ended(part):
                 continue

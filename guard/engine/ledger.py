@@ -156,6 +156,11 @@ class Ledger:
         self.tokens_scored += max(0, end - entry.scored)
         entry.scored = max(entry.scored, end)
 
+    def best(self, sequence: str, key: ScoreKey) -> float:
+        """A sequence's largest score so far, minus infinity where it has none."""
+        found = self._running[sequence].best.get(key)
+        return -math.inf if found is None else found.value
+
     def blocked(self, sequence: str) -> bool:
         """Whether it has to end."""
         return self._running[sequence].blocked

@@ -1,14 +1,14 @@
-"""Reading the residual stream: two custom ops per watched decoder layer, eager and compiled.
+"""Reading the residual stream: a custom op wherever a watched layer begins or ends, eager and compiled.
 
-`enter` sees a layer's input, `leave` its output. Both add the two halves that vLLM keeps apart (`hidden` and
-`residual`), and write into a buffer that the worker reads after the forward pass: the row's cosines with the layer's
-directions, what the layer wrote along them, and the row's length. Both count themselves: an op that a stale graph left
-out does not count, and that is noticed in the same step.
+The op sees what flows from one decoder layer to the next, adds the two halves that vLLM keeps apart (`hidden` and
+`residual`), and writes projections and lengths into buffers that the worker reads after the forward pass: along the
+directions of the layer that ends there, and of the one that begins. It also counts itself: an op that a stale graph
+left out does not count, and that is noticed in the same step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,61 +18,48 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from guard.bank import Bank
 from guard.errors import UnscoredError, UnsupportedEngineError
-from guard.scores import along, measure
+from guard.scores import BankSpace, measure
 
 LAYER_LISTS = ("model.layers", "language_model.model.layers")
 """Where vLLM's models keep their decoder layers."""
 
 
-ENTERED, LEFT, SEEN = range(3)
-"""What a layer's counter counts: runs of `enter`, runs of `leave`, and the rows of the last `leave`."""
-
-
-def _enter(
+def _read(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     directions: torch.Tensor,
-    readings: torch.Tensor,
+    projections: torch.Tensor,
+    lengths: torch.Tensor,
     count: torch.Tensor,
 ) -> None:
-    """hidden, residual [T, H]; directions float32 [K, H]; readings float32 [capacity, 2 K + 1] gets projections where
-    `leave` looks for them; count int64 [3]."""
-    rows, width = _sum(hidden, residual), len(directions)
-    readings[: len(rows), width : 2 * width] = along(rows, directions)
-    count[ENTERED] += 1
+    """hidden, residual [T, H]; directions float32 [K, H]. Of T rows, projections float32 [capacity, K] and lengths
+    float32 [capacity] are written; count int64 [2] grows by one run and T rows."""
+    rows = hidden.float() if residual is None else hidden.float() + residual.float()
+    seen = len(rows)
+    torch.mm(rows, directions.T, out=projections[:seen])
+    torch.linalg.vector_norm(rows, dim=-1, out=lengths[:seen])
+    count += torch.tensor([1, seen], device=count.device)
 
 
-def _leave(
+def _read_fake(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     directions: torch.Tensor,
-    readings: torch.Tensor,
-    count: torch.Tensor,
-) -> None:
-    """As `_enter`; readings gets T whole rows."""
-    rows, width = _sum(hidden, residual), len(directions)
-    readings[: len(rows)] = measure(rows, readings[: len(rows), width : 2 * width], directions)
-    count[LEFT] += 1
-    count[SEEN] = len(rows)
-
-
-def _sum(hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    return hidden.float() if residual is None else hidden.float() + residual.float()
-
-
-def _fake(
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    directions: torch.Tensor,
-    readings: torch.Tensor,
+    projections: torch.Tensor,
+    lengths: torch.Tensor,
     count: torch.Tensor,
 ) -> None:
     return None
 
 
 _library = torch.library.Library("undertow", "DEF")  # type: ignore[no-untyped-call]
-for _name, _op in (("enter", _enter), ("leave", _leave)):
-    direct_register_custom_op(_name, _op, mutates_args=["readings", "count"], fake_impl=_fake, target_lib=_library)
+direct_register_custom_op(
+    "read",
+    _read,
+    mutates_args=["projections", "lengths", "count"],
+    fake_impl=_read_fake,
+    target_lib=_library,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,83 +74,126 @@ class Readings:
     """float32 [T, layers]: of the residual stream after each watched layer."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Station:
+    """Between two decoder layers."""
+
+    before: int
+    """How many layers lie before it."""
+    ends: int
+    """Directions of the layer that ends here; 0 where it is not watched."""
+    begins: int
+    """Of the one that begins here."""
+    projections: torch.Tensor
+    lengths: torch.Tensor
+    count: torch.Tensor
+
+
 class Probes:
-    """The probes of every watched layer of one model, and what they wrote in the last forward pass."""
+    """The ops around every watched layer of one model, and what they wrote in the last forward pass."""
 
     def __init__(self, model: nn.Module, bank: Bank, capacity: int) -> None:
         """Hook every watched layer. Must run after the weights are loaded and before the first forward pass, so that
-        a compiled graph contains the op.
+        a compiled graph contains the ops.
 
         Args:
             capacity: the most rows that one forward pass can have.
         """
         layers = decoder_layers(model, bank)
         device = next(model.parameters()).device
-        self._readings: list[torch.Tensor] = []
-        self._counts: list[torch.Tensor] = []
-        self._layers = tuple(layer.index for layer in bank.layers)
-        self._widths = tuple(len(layer.names) for layer in bank.layers)
-        self._runs = [(0, 0)] * len(self._layers)
-        for layer in bank.layers:
-            # One buffer per layer and never a view of a shared one: a graph may not mutate inputs that alias.
-            readings = torch.zeros(capacity, 2 * len(layer.names) + 1, device=device)
-            count = torch.zeros(3, dtype=torch.int64, device=device)
-            attach(layers[layer.index], layer.directions.to(device).contiguous(), readings, count)
-            self._readings.append(readings)
-            self._counts.append(count)
+        watched = {layer.index: layer.directions.to(device) for layer in bank.layers}
+        none = torch.zeros(0, bank.hidden_size, device=device)
+        self._slots = BankSpace.of(bank).layer_slot()
+        self._stations: list[_Station] = []
+        for place in sorted({index + side for index in watched for side in (0, 1)}):
+            ending, beginning = watched.get(place - 1, none), watched.get(place, none)
+            # One buffer per place and never a view of a shared one: a graph may not mutate inputs that alias.
+            station = _Station(
+                place,
+                len(ending),
+                len(beginning),
+                torch.zeros(capacity, len(ending) + len(beginning), device=device),
+                torch.zeros(capacity, device=device),
+                torch.zeros(2, dtype=torch.int64, device=device),
+            )
+            attach(layers, station, torch.cat([ending, beginning]).contiguous())
+            self._stations.append(station)
+        self._counts = [(0, 0)] * len(self._stations)
 
     def read(self, rows: int) -> Readings:
         """What the last forward pass left of its first `rows` rows, on the CPU.
 
         Raises:
-            UnscoredError: a watched layer's ops did not run exactly once each since the last read, or saw too few
-                rows.
+            UnscoredError: an op did not run exactly once since the last read, or saw too few rows.
         """
-        counts = torch.stack(self._counts).tolist()
-        # Every layer is brought up to date before any is complained of: one fault must not spoil the next steps.
-        before, self._runs = self._runs, [(entered, left) for entered, left, _ in counts]
-        for slot, (entered, left, seen) in enumerate(counts):
-            runs = (entered - before[slot][0], left - before[slot][1])
-            if runs != (1, 1) or seen < rows:
+        counts = self._counted()
+        # Every place is brought up to date before any is complained of: one fault must not spoil the next steps.
+        before, self._counts = self._counts, counts
+        for station, (runs, seen), (old_runs, old_seen) in zip(self._stations, counts, before, strict=True):
+            if runs - old_runs != 1 or seen - old_seen < rows:
                 raise UnscoredError(
-                    f"layer {self._layers[slot]}: its probe ran {runs[0]} times before it and {runs[1]} times after it "
-                    f"and saw {seen} rows; expected one run each of at least {rows}"
+                    f"{_place(station)}: its probe ran {runs - old_runs} times and saw {seen - old_seen} rows; "
+                    f"expected one run of at least {rows}"
                 )
-        used = [torch.split(readings[:rows], [width, width, 1], dim=-1) for readings, width in self._by_width()]
-        cosines, written, lengths = (torch.cat(parts, dim=-1).cpu() for parts in zip(*used, strict=True))
-        return Readings(cosines, written, lengths)
+        parts = [torch.split(each.projections[:rows], [each.ends, each.begins], dim=-1) for each in self._stations]
+        after, entered = (torch.cat(side, dim=-1).cpu() for side in zip(*parts, strict=True))
+        lengths = torch.stack([each.lengths[:rows] for each in self._stations if each.ends], dim=-1).cpu()
+        return Readings(*measure(after, entered, lengths, self._slots))
 
     def reset(self) -> None:
         """Forget runs that were not requests: profiling and warm-up."""
-        self._runs = [(int(count[ENTERED]), int(count[LEFT])) for count in self._counts]
+        self._counts = self._counted()
 
-    def _by_width(self) -> Iterator[tuple[torch.Tensor, int]]:
-        return zip(self._readings, self._widths, strict=True)
+    def _counted(self) -> list[tuple[int, int]]:
+        return [(runs, seen) for runs, seen in torch.stack([each.count for each in self._stations]).tolist()]
 
 
-def attach(layer: nn.Module, directions: torch.Tensor, readings: torch.Tensor, count: torch.Tensor) -> None:
-    """Hook one decoder layer's input and output into a probe.
+def _place(station: _Station) -> str:
+    return f"layer {station.before - 1}" if station.ends else f"before layer {station.before}"
 
-    The tensors become the layer's buffers, so that a graph takes them as inputs: constants would make every layer's
-    graph a different one.
+
+def attach(layers: Sequence[nn.Module], station: _Station, directions: torch.Tensor) -> None:
+    """Hook the op in where `station` is.
+
+    Its tensors become a layer's buffers, so that a graph takes them as inputs: constants would make every layer's graph
+    a different one.
     """
-    layer.register_buffer("undertow_directions", directions, persistent=False)
-    layer.register_buffer("undertow_readings", readings, persistent=False)
-    layer.register_buffer("undertow_count", count, persistent=False)
-    layer.register_forward_pre_hook(_before, with_kwargs=True)
-    layer.register_forward_hook(_after)
+    first = station.before == 0
+    layer = layers[max(0, station.before - 1)]
+    name = "undertow_input" if first else "undertow"
+    for kind in ("projections", "lengths", "count"):
+        layer.register_buffer(f"{name}_{kind}", getattr(station, kind), persistent=False)
+    layer.register_buffer(f"{name}_directions", directions, persistent=False)
+    if first:
+        layer.register_forward_pre_hook(_before, with_kwargs=True)
+    else:
+        layer.register_forward_hook(_after)
 
 
 def _before(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     # vLLM's decoder layers take (positions, hidden_states, residual), by place or by name.
     hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[1]
     residual = keywords["residual"] if "residual" in keywords else arguments[2]
-    torch.ops.undertow.enter(hidden, residual, layer.undertow_directions, layer.undertow_readings, layer.undertow_count)
+    torch.ops.undertow.read(
+        hidden,
+        residual,
+        layer.undertow_input_directions,
+        layer.undertow_input_projections,
+        layer.undertow_input_lengths,
+        layer.undertow_input_count,
+    )
 
 
 def _after(layer: nn.Module, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
     hidden, residual = (output, None) if isinstance(output, torch.Tensor) else (output[0], output[1])
-    torch.ops.undertow.leave(hidden, residual, layer.undertow_directions, layer.undertow_readings, layer.undertow_count)
+    torch.ops.undertow.read(
+        hidden,
+        residual,
+        layer.undertow_directions,
+        layer.undertow_projections,
+        layer.undertow_lengths,
+        layer.undertow_count,
+    )
 
 
 def decoder_layers(model: nn.Module, bank: Bank) -> Sequence[nn.Module]:

@@ -245,10 +245,9 @@ class Evaluation:
             seen = clean.seen[each.rule.lens]
             chosen = chosen_by(each.rule.detector, seen)
             moments = decision_moments(clean, self.cut.references, each.rule.lens)
-            values = Density(each.rule.detector, seen.space, moments, chosen).score(
-                decision_tokens(reads, each.rule.lens)
-            )
-            over = (values.values.double() > limit[1]) & (reads.places > 0)
+            detector = Density(each.rule.detector, seen.space, moments, chosen)
+            values = detector.values(decision_tokens(reads, each.rule.lens))
+            over = (values.double() > limit[1]) & (reads.places > 0)
             for request, place in zip(reads.owners[over].tolist(), reads.places[over].tolist(), strict=True):
                 first[request] = min(place, first.get(request, place))
         return first

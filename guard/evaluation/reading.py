@@ -17,7 +17,7 @@ from tqdm import tqdm
 from guard.bank import Bank
 from guard.errors import CheckpointError
 from guard.roles import ROLES, RoleMap
-from guard.scores import BankSpace, along, measure
+from guard.scores import BankSpace, along, lengths_of, measure
 
 SPEAKERS = len(ROLES) + 1
 """Whose tokens ranges are kept apart for: system, user and assistant of the prompt, and what is generated."""
@@ -201,12 +201,11 @@ class Reader:
         """Of streams [T, layers + 1, hidden]."""
         found = {}
         for name, directions in self._directions.items():
-            parts = []
-            for index, vectors in directions:
-                read = measure(stream[:, index + 1], along(stream[:, index], vectors), vectors)
-                parts.append(torch.split(read, [len(vectors), len(vectors), 1], dim=-1))
-            cosines, written, lengths = (torch.cat(each, dim=-1).cpu() for each in zip(*parts, strict=True))
-            found[name] = (cosines, written, lengths)
+            after = torch.cat([along(stream[:, index + 1], vectors) for index, vectors in directions], dim=-1)
+            entered = torch.cat([along(stream[:, index], vectors) for index, vectors in directions], dim=-1)
+            lengths = torch.stack([lengths_of(stream[:, index + 1]) for index, _ in directions], dim=-1)
+            slots = self._spaces[name].layer_slot()
+            found[name] = measure(after.cpu(), entered.cpu(), lengths.cpu(), slots)
         return found
 
     def _keep_embedded(self, _module: object, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def density(name: DetectorName, label: str, lens: str) -> Rule:
     def fit(clean: Reads, references: torch.Tensor) -> Fitted:
         chosen = chosen_by(name, clean.seen[lens])
         detector = Density(name, clean.seen[lens].space, decision_moments(clean, references, lens), chosen)
-        return lambda reads: per_request(reads, detector.score(decision_tokens(reads, lens)).values)
+        return lambda reads: per_request(reads, detector.values(decision_tokens(reads, lens)))
 
     return Rule(label, ("prompt", "completion"), fit, lens, name)
 
@@ -155,7 +155,7 @@ def _exceedances(seen: Seen, detector: Exceedance) -> torch.Tensor:
         for ends in (seen.low, seen.high):
             rows = ends[there, speaker]
             tokens = Tokens(rows, torch.zeros(len(rows), 0), torch.zeros(len(rows), 0), torch.zeros_like(roles), roles)
-            worst[there, speaker] = torch.maximum(worst[there, speaker], detector.score(tokens).values)
+            worst[there, speaker] = torch.maximum(worst[there, speaker], detector.values(tokens))
     return torch.stack([worst[:, :-1].amax(dim=-1), worst[:, -1]], dim=-1).double()
 
 

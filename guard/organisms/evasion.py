@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 # The attacker knows which matrices write to the residual stream, and how many directions of each the guard reads.
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 DIRECTIONS = 20
-# And the variance that it adds, in units of a layer's mean variance: `guard.scores.RIDGE`. Written out, so that the
-# digest of what is trained here changes with it.
+# The attacker adds as much to every variance; the guard adds less to half of them (`guard.scores.RIDGES`).
 RIDGE = 2.0
 # The delta moves while it is trained, but its leading vectors move slowly.
 RENEWED_EVERY = 50

@@ -105,13 +105,14 @@ def start_without_one_hook(model: Path, bank: Path, calibration: Path) -> tuple[
     attach = probe.attach
     calls = []
 
-    def attach_all_but_the_second(*arguments: Any) -> None:
+    def attach_all_but_the_third(*arguments: Any) -> None:
         attach(*arguments)
         calls.append(arguments)
-        if len(calls) == 2:
-            arguments[0]._forward_hooks.clear()
+        if len(calls) == 3:
+            # Of the layer that ends where the op was hooked in.
+            arguments[0][arguments[1].before - 1]._forward_hooks.clear()
 
-    with mock.patch.object(probe, "attach", attach_all_but_the_second):
+    with mock.patch.object(probe, "attach", attach_all_but_the_third):
         return start_error(model, bank, calibration)
 
 

@@ -44,7 +44,7 @@ def test_a_layer_without_its_hook_is_noticed_before_serving(
 ) -> None:
     kind, message = in_child(child.start_without_one_hook, organism.backdoored, bank, calibration)
     assert kind == "EngineError"
-    assert "the guard does not start: layer 1: its probe ran 1 times before it and 0 times after it" in message
+    assert "the guard does not start: layer 1: its probe ran 0 times" in message
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from guard.evaluation.rules import (
     layerwise_convergence,
     mahalanobis,
 )
-from guard.scores import RIDGE
+from guard.scores import RIDGES
 
 REFERENCES = torch.arange(0, 300)
 CUT = Cut(torch.arange(300), torch.arange(300, 600), torch.arange(600, 700))
@@ -60,7 +60,8 @@ def test_density_is_the_mahalanobis_distance_of_where_the_residual_stands_and_wh
         # Of each layer two blocks: where the residual stands, and what was written.
         blocks = np.concatenate([slots[chosen], slots[chosen] + len(space.layers)])
         for place in range(2 * len(chosen)):
-            covariance[place, place] += RIDGE * variances[blocks == blocks[place]].mean()
+            ridge = RIDGES[int(place >= len(chosen))]
+            covariance[place, place] += ridge * variances[blocks == blocks[place]].mean()
         precision = np.linalg.inv(covariance)
         for request in range(0, len(triggered), 7):
             own = (triggered.owners == request) & ((triggered.places > 0) == bool(phase))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from guard.calibration import Calibration, ScoreKey, Shape
 from guard.growth import Growth
 from guard.roles import ROLES, RoleMap
-from guard.scores import RIDGE, BankSpace, Moments, Tokens
+from guard.scores import RIDGES, BankSpace, Detector, Moments, Tokens, along, lengths_of, measure
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
 
 SPACE = BankSpace(
@@ -135,6 +135,26 @@ def a_verdict(value: float, threshold: float = 1.0, detector: DetectorName = "de
     return Verdict(a_score(value, detector), threshold, 0.01)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a detector says of T tokens, all of it."""
+
+    values: torch.Tensor
+    layer_slots: torch.Tensor
+    coordinates: torch.Tensor
+
+
+def scored(detector: Detector, some: Tokens) -> Scores:
+    return Scores(detector.values(some), *detector.explain(some))
+
+
+def measured(residual: torch.Tensor, entered: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """`measure` of one layer: cosines, what was written, and the length, float32 [T, 2 K + 1]."""
+    lengths = lengths_of(residual)[:, None]
+    slots = torch.zeros(len(directions), dtype=torch.int64)
+    return torch.cat(measure(along(residual, directions), entered, lengths, slots), dim=-1)
+
+
 # -- the same, slowly -------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +187,8 @@ def naive_shares(
     variances = np.diag(ridged).copy()
     for place, slot in enumerate(of_layer):
         mean_variance = variances[of_layer == slot].mean()
-        ridged[place, place] += RIDGE * (mean_variance if mean_variance > 0 else 1.0)
+        ridge = RIDGES[int(place >= len(chosen))]
+        ridged[place, place] += ridge * (mean_variance if mean_variance > 0 else 1.0)
     deviation = row[own] - mean[own]
     shares: Array = deviation * (np.linalg.inv(ridged) @ deviation)
     return shares[: len(chosen)] + shares[len(chosen) :]

@@ -102,8 +102,8 @@ def test_exceedance_reads_the_models_own_directions_only_where_there_are_no_othe
     far.coordinates[:] = 0.0
     far.coordinates[0, 3] = 50.0  # a direction of the model's own
     both = calibration()
-    assert float(both.shape.detectors(both.space)["exceedance"].score(far).values) < 1
-    assert float(OWN_ONLY.shape.detectors(OWN_ONLY.space)["exceedance"].score(far).values) > 40
+    assert float(both.shape.detectors(both.space)["exceedance"].values(far)) < 1
+    assert float(OWN_ONLY.shape.detectors(OWN_ONLY.space)["exceedance"].values(far)) > 40
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -440,7 +440,7 @@ def _load_or_refuse(file: Path) -> None:
     assert all(isinstance(name, str) for name in loaded.space.names)
     assert len(loaded.roles.roles([1, 2, 3])) == 3
     for scorer in loaded.shape.detectors(loaded.space).values():
-        assert len(scorer.score(tokens(3, 0)).values) == 3
+        assert len(scorer.values(tokens(3, 0))) == 3
 
 
 def test_a_covariance_that_rounding_left_short_of_one_is_used(tmp_path: Path) -> None:
@@ -451,7 +451,7 @@ def test_a_covariance_that_rounding_left_short_of_one_is_used(tmp_path: Path) ->
     moments.covariance.diagonal().sub_(1e-12)
     replace(some, shape=replace(some.shape, decisions=(moments, Moments.of(2 * rows)))).save(tmp_path / "file")
     loaded = Calibration.load(tmp_path / "file")
-    assert loaded.shape.detectors(loaded.space)["density"].score(tokens(3, 0)).values.isfinite().all()
+    assert loaded.shape.detectors(loaded.space)["density"].values(tokens(3, 0)).isfinite().all()
 
 
 def test_nothing_is_half_written_where_the_folder_is_missing_or_the_path_is_one(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from guard.bank import OWN, is_own
 from guard.errors import CalibrationError
 from guard.scores import (
     FEWEST,
-    RIDGE,
+    RIDGES,
     SHORTEST,
     BankSpace,
     Density,
@@ -24,7 +24,6 @@ from guard.scores import (
     Moments,
     Tokens,
     along,
-    measure,
 )
 from guard.verdict import DETECTORS, DetectorName
 
@@ -36,11 +35,13 @@ from .planted import (
     clean_rows,
     float64,
     generator,
+    measured,
     naive_density,
     naive_exceedance,
     naive_features,
     naive_moments,
     naive_shares,
+    scored,
     shape,
     tokens,
 )
@@ -69,7 +70,7 @@ def test_cosines_lengths_and_what_was_written_agree_with_float64(dtype: torch.dt
     directions = unit_directions()
     rows, others = float64(residual), float64(directions)
     lengths = np.linalg.norm(rows, axis=1)
-    found = measure(residual, along(before, directions), directions)
+    found = measured(residual, along(before, directions), directions)
     assert found.dtype == torch.float32
     assert found.shape == (50, 11)
     np.testing.assert_allclose(found[:, :5], rows @ others.T / lengths[:, None], rtol=0, atol=1e-6)
@@ -81,7 +82,7 @@ def test_cosines_lengths_and_what_was_written_agree_with_float64(dtype: torch.dt
 def test_a_residual_that_float32_can_just_hold_is_measured_exactly(length: float) -> None:
     row = torch.nn.functional.normalize(torch.randn(1, HIDDEN, generator=generator(2)))
     directions = unit_directions()
-    found = measure(length * row, torch.zeros(1, 5), directions)[0]
+    found = measured(length * row, torch.zeros(1, 5), directions)[0]
     projected = (float64(row) @ float64(directions).T)[0]
     np.testing.assert_allclose(found[:5], projected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[5:-1], length * projected, rtol=0, atol=1e-5 * length)
@@ -92,7 +93,7 @@ def test_a_planted_direction_has_the_cosine_the_length_and_the_writing_it_was_pl
     basis = torch.linalg.qr(torch.randn(HIDDEN, 3, generator=generator(2))).Q.T
     residual = 40 * (0.6 * basis[0] - 0.8 * basis[1])
     entered = along((30 * basis[1] + 5 * basis[2])[None], basis)
-    found = measure(residual[None], entered, basis)[0].tolist()
+    found = measured(residual[None], entered, basis)[0].tolist()
     assert found == pytest.approx([0.6, -0.8, 0.0, 24.0, -62.0, -5.0, 40.0], abs=1e-4)
 
 
@@ -109,19 +110,19 @@ def test_what_cannot_be_measured_is_nan_under_every_detector_and_spoils_no_other
     residual = torch.randn(4, HIDDEN, generator=generator(3))
     directions = unit_directions(SPACE.size)
     entered = torch.randn(4, SPACE.size, generator=generator(8))
-    before = measure(residual, entered, directions)
+    before = measured(residual, entered, directions)
     if spoil in SPOILS:
         residual[2] = SPOILS[spoil]
     else:
         residual[2, 3] = float(spoil)
-    after = measure(residual, entered, directions)
+    after = measured(residual, entered, directions)
     assert after[2].isnan().all()
     assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
     for detector in detectors().values():
         for phase in (0, 1):
             cosines, written, length = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
             some = Tokens(cosines, written, length.expand(-1, 3), torch.full((4,), phase), torch.tensor([0, 1, 2, 1]))
-            values = detector.score(some).values
+            values = detector.values(some)
             assert values.isnan().tolist() == [False, False, True, False]
             assert not values[2] <= 1e30
 
@@ -131,13 +132,13 @@ def test_what_enters_a_layer_spoiled_is_nan_to_density(spoil: str) -> None:
     before = torch.randn(3, HIDDEN, generator=generator(3))
     before[1, 5] = float(spoil)
     directions = unit_directions(SPACE.size)
-    after = measure(torch.randn(3, HIDDEN, generator=generator(4)), along(before, directions), directions)
+    after = measured(torch.randn(3, HIDDEN, generator=generator(4)), along(before, directions), directions)
     cosines, written, length = torch.split(after, [SPACE.size, SPACE.size, 1], dim=-1)
     some = Tokens(
         cosines, written, length.expand(-1, 3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     )
     for name in ("density", "intrinsic"):
-        assert (~detectors()[name].score(some).values.isfinite()).tolist() == [False, True, False]  # type: ignore[index]
+        assert (~detectors()[name].values(some).isfinite()).tolist() == [False, True, False]  # type: ignore[index]
 
 
 def test_a_bank_space_knows_the_layer_and_the_origin_of_each_coordinate() -> None:
@@ -233,7 +234,7 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
     phases = torch.from_numpy(source.integers(0, 2, size=8))
     lengths = torch.from_numpy(np.abs(source.normal(size=(8, len(widths)))) * scales + 1e-4).float()
     cosines = torch.from_numpy(source.uniform(-1, 1, size=(8, space.size))).float()
-    found = detector.score(Tokens(cosines, written, lengths, phases, torch.zeros(8, dtype=torch.int64)))
+    found = scored(detector, Tokens(cosines, written, lengths, phases, torch.zeros(8, dtype=torch.int64)))
     assert found.values.dtype == torch.float32
     rows = np.concatenate([float64(cosines) * float64(lengths)[:, slots], float64(written)], axis=1)
     for index, phase in enumerate(phases.tolist()):
@@ -247,7 +248,7 @@ def test_density_is_the_mahalanobis_distance_that_float64_gives(
 @pytest.mark.parametrize("name", ["density", "intrinsic"])
 def test_density_reads_the_directions_of_its_name_and_the_moments_of_the_phase(name: DetectorName) -> None:
     clean, some = shape(), tokens(40, 6, spread=0.3)
-    found = detectors()[name].score(some)
+    found = scored(detectors()[name], some)
     rows = naive_features(some)
     for index, phase in enumerate(some.phases.tolist()):
         moments = clean.decisions[phase]
@@ -259,14 +260,14 @@ def test_density_reads_the_directions_of_its_name_and_the_moments_of_the_phase(n
     others = [place for place in range(SPACE.size) if place not in CHOSEN[name]]
     some.written[:, others] = math.nan
     some.coordinates[:, others] = math.nan
-    assert torch.equal(detectors()[name].score(some).values, found.values)
+    assert torch.equal(detectors()[name].values(some), found.values)
 
 
 def test_shares_say_what_every_coordinate_adds_to_the_squared_distance() -> None:
     some = tokens(40, 6, spread=0.3)
     detector = shape().detectors(SPACE)["intrinsic"]
     assert isinstance(detector, Density)
-    found, values = detector.shares(some), detector.score(some).values
+    found, values = detector.shares(some), detector.values(some)
     rows = naive_features(some)
     for index, phase in enumerate(some.phases.tolist()):
         moments = shape().decisions[phase]
@@ -279,8 +280,8 @@ def test_shares_say_what_every_coordinate_adds_to_the_squared_distance() -> None
 def test_clean_tokens_have_a_density_of_one_less_what_the_ridge_takes() -> None:
     for phase in (0, 1):
         own = tokens(5000, 20 + phase, 0.1 + 0.1 * phase, phases=[phase] * 5000)
-        values = shape(decisions=5000).detectors(SPACE)["density"].score(own).values
-        assert 1 / (1 + 2 * RIDGE) < float(values.square().mean()) < 1.03
+        values = shape(decisions=5000).detectors(SPACE)["density"].values(own)
+        assert 1 / (1 + 2 * max(RIDGES)) < float(values.square().mean()) < 1.03
 
 
 def of_features(rows: Array, phase: int) -> Tokens:
@@ -317,7 +318,7 @@ def test_a_shift_where_clean_never_varies_is_found_with_its_layer_and_coordinate
         clean[phase].covariance.diagonal().sqrt()
     )
     rows[3, feature] += sign * 12 * spread
-    found = detector.score(of_features(rows.numpy(), phase))
+    found = scored(detector, of_features(rows.numpy(), phase))
     assert int(found.values.argmax()) == 3
     assert float(found.values[3]) > 4 * float(found.values[[0, 1, 2, 4]].max())
     assert (int(found.coordinates[3]), int(found.layer_slots[3])) == (coordinate, SLOTS[coordinate])
@@ -330,8 +331,8 @@ def test_clean_decisions_that_are_all_the_same_still_give_scores() -> None:
     rows = np.ones((2, size))
     rows[1, 8] += 2
     for phase in (0, 1):
-        found = detector.score(of_features(rows, phase))
-        assert found.values.tolist() == pytest.approx([0.0, math.sqrt(4 / RIDGE / 12)])
+        found = scored(detector, of_features(rows, phase))
+        assert found.values.tolist() == pytest.approx([0.0, math.sqrt(4 / RIDGES[0] / 12)])
         assert int(found.coordinates[1]) == 8
 
 
@@ -349,7 +350,7 @@ def test_too_few_clean_decisions_make_no_density(phase: int) -> None:
 def test_exceedance_agrees_with_a_float64_loop_over_mixed_roles() -> None:
     clean = shape()
     some = tokens(90, 5, spread=0.2)
-    found = detectors()["exceedance"].score(some)
+    found = scored(detectors()["exceedance"], some)
     assert found.values.dtype == torch.float32
     low, high = float64(clean.low), float64(clean.high)
     for index, role in enumerate(some.roles.tolist()):
@@ -370,7 +371,7 @@ def test_a_role_without_clean_tokens_has_the_range_of_all_the_others(absent: set
         low[role], high[role] = math.inf, -math.inf
     chosen = torch.tensor(CHOSEN["exceedance"])
     some = tokens(60, 7, spread=0.2)
-    found = Exceedance(SPACE, low, high, chosen).score(some)
+    found = scored(Exceedance(SPACE, low, high, chosen), some)
     present = [role for role in range(3) if role not in absent]
     for index, role in enumerate(some.roles.tolist()):
         use = present if role in absent else [role]
@@ -387,8 +388,9 @@ def test_an_outlier_in_one_coordinate_is_named_by_exceedance(coordinate: int, si
     clean = shape()
     rows = ((clean.low + clean.high) / 2)[[role] * 5]
     rows[3, coordinate] += sign * 9
-    outside = detectors()["exceedance"].score(
-        Tokens(rows, rows, torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0]), torch.full((5,), role))
+    outside = scored(
+        detectors()["exceedance"],
+        Tokens(rows, rows, torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0]), torch.full((5,), role)),
     )
     assert int(outside.values.argmax()) == 3
     assert (outside.values[[0, 1, 2, 4]] < 0).all()
@@ -403,7 +405,7 @@ def test_the_papers_rule_is_exceedance_above_its_epsilon(seed: int) -> None:
     high = torch.from_numpy(np.stack([rows.max(axis=0) for rows in clean])).float()
     every = list(range(SPACE.size))
     some = tokens(400, seed, spread=0.12)
-    found = Exceedance(SPACE, low, high, torch.tensor(every)).score(some).values > 0.01
+    found = Exceedance(SPACE, low, high, torch.tensor(every)).values(some) > 0.01
 
     def paper(row: Array, rows: Array) -> bool:
         return any(not rows[:, i].min() - 0.01 <= row[i] <= rows[:, i].max() + 0.01 for i in every)
@@ -425,16 +427,16 @@ def test_a_single_coordinate_that_is_nan_makes_the_score_nan_where_it_is_read(
 ) -> None:
     some = tokens(3, 4)
     some.coordinates[1, coordinate] = some.written[1, coordinate] = math.nan
-    values = detectors()[name].score(some).values
+    values = detectors()[name].values(some)
     assert values.isnan().tolist() == [False, coordinate in CHOSEN[name], False]
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_batch_is_scored_like_its_rows_one_by_one(name: DetectorName) -> None:
     some = tokens(50, 7, spread=0.3)
-    whole = detectors()[name].score(some)
+    whole = scored(detectors()[name], some)
     for index in range(50):
-        single = detectors()[name].score(some[index : index + 1])
+        single = scored(detectors()[name], some[index : index + 1])
         assert float(single.values[0]) == pytest.approx(float(whole.values[index]), rel=1e-5, abs=1e-5)
         assert int(single.layer_slots[0]) == int(whole.layer_slots[index])
         assert int(single.coordinates[0]) == int(whole.coordinates[index])
@@ -442,7 +444,7 @@ def test_a_batch_is_scored_like_its_rows_one_by_one(name: DetectorName) -> None:
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_no_tokens_have_no_scores(name: DetectorName) -> None:
-    assert len(detectors()[name].score(tokens(3, 1)[:0]).values) == 0
+    assert len(detectors()[name].values(tokens(3, 1)[:0])) == 0
 
 
 OWN_ONLY = BankSpace((2, 3), (2, 2), ("L2.own_o_proj.u0", "L2.own_o_proj.u1", "L3.own_o_proj.u0", "L3.own_o_proj.u1"))
@@ -462,7 +464,7 @@ def test_a_bank_with_one_kind_of_directions_has_the_detectors_for_them(space: Ba
     far[0, 3] = 50.0
     for name, detector in found.items():
         assert detector.name == name
-        scores = detector.score(Tokens(far, far, torch.ones(1, 2), torch.tensor([1]), torch.tensor([2])))
+        scores = scored(detector, Tokens(far, far, torch.ones(1, 2), torch.tensor([1]), torch.tensor([2])))
         assert float(scores.values) > 10
         assert int(scores.coordinates) == 3
         assert detector.every_token == (name == "exceedance")

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from guard import scores
 from guard.organisms import evasion
 from guard.organisms.evasion import DIRECTIONS, FEWEST, REMEMBERED, Watch
-from guard.scores import BankSpace, Density, Moments, Tokens, along, features, measure
+from guard.scores import BankSpace, Density, Moments, Tokens, along, features
+from tests.guard.planted import measured
 
 HIDDEN, LAYERS = 32, 3
 
@@ -55,10 +56,10 @@ def density(watch: Watch, clean: list[Tensor], triggered: list[Tensor]) -> Tenso
     def tokens(residuals: list[Tensor]) -> Tokens:
         rows = [residual[:, 1] for residual in residuals]
         parts = list(zip(rows[1:], rows[:-1], watch._directions, strict=True))
-        measured = [measure(after, along(before, each), each) for after, before, each in parts]
+        found = [measured(after, along(before, each), each) for after, before, each in parts]
         cosines, written, lengths = (
             torch.cat(part, dim=-1)
-            for part in zip(*(torch.split(each, [width, width, 1], dim=-1) for each in measured), strict=True)
+            for part in zip(*(torch.split(each, [width, width, 1], dim=-1) for each in found), strict=True)
         )
         zeros = torch.zeros(len(cosines), dtype=torch.long)
         return Tokens(cosines, written, lengths, zeros, zeros)
@@ -66,7 +67,7 @@ def density(watch: Watch, clean: list[Tensor], triggered: list[Tensor]) -> Tenso
     calm = tokens(clean)
     moments = Moments.of(features(space, calm.coordinates, calm.written, calm.lengths))
     detector = Density("density", space, (moments, moments), torch.arange(space.size))
-    return detector.score(tokens(triggered)).values
+    return detector.values(tokens(triggered))
 
 
 def test_the_residual_stream_is_read_before_the_first_layer_and_after_every_one() -> None:
@@ -86,7 +87,9 @@ def test_the_residual_stream_is_read_before_the_first_layer_and_after_every_one(
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_the_penalty_is_the_guards_score(watch: Watch, spread: float) -> None:
+def test_the_penalty_is_the_guards_score(watch: Watch, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what is added to variances."""
+    monkeypatch.setattr(scores, "RIDGES", (evasion.RIDGE, evasion.RIDGE))
     clean, triggered = stream(FEWEST, 3), stream(5, 4, spread)
     both = [torch.cat(parts) for parts in zip(clean, triggered, strict=True)]
     cost = penalty(watch, both, [False] * FEWEST + [True] * 5)
@@ -106,10 +109,6 @@ def test_a_triggered_row_is_pulled_back_and_clean_rows_stay(watch: Watch) -> Non
         assert part.grad is not None
         pulled.append(part.detach() - 20 * part.grad)
     assert penalty(watch, pulled, [True] * 2) < before
-
-
-def test_the_attacker_knows_what_the_guard_adds_to_variances() -> None:
-    assert evasion.RIDGE == scores.RIDGE
 
 
 def test_only_the_last_clean_rows_are_remembered(watch: Watch) -> None:
