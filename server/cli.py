@@ -22,6 +22,7 @@ COMMANDS = (
     "server.commands.demo",
     "server.commands.up",
     "server.commands.serve",
+    "server.commands.status",
 )
 
 

@@ -1,0 +1,94 @@
+"""`undertow status`: what guards a running engine, and whether requests can be judged."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from guard.evidence import WorkerStatus
+
+EPILOG = """\
+examples:
+  undertow status                                     vLLM on port 8000, the server on port 8080
+  undertow status --engine http://gpu-1:8000 --no-server
+  undertow status --json
+
+Exit code 0 where every worker answers and the server is ready, 1 where not.
+"""
+
+TIMEOUT_S = 15.0
+"""The server's canary may take ten."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `undertow status`."""
+    parser = subparsers.add_parser(
+        "status",
+        help="say what guards a running engine",
+        description="Ask vLLM what each of its workers guards with, and the server whether requests can be judged: "
+        "engine up, guard loaded, a canary generated and scored.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--engine", default="http://127.0.0.1:8000", metavar="URL", help="of vLLM (%(default)s)")
+    parser.add_argument("--server", default="http://127.0.0.1:8080", metavar="URL", help="of the server (%(default)s)")
+    parser.add_argument("--no-server", action="store_true", help="ask the engine alone")
+    parser.add_argument("--json", action="store_true", help="print both answers as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print both. Raises ConfigError for an address that is none, EngineError where nobody answers."""
+    from guard.evidence import STATUS_PATH, Status
+
+    status = Status.from_json(_get(arguments.engine, STATUS_PATH, "engine", good=(200,)))
+    ready = None if arguments.no_server else json.loads(_get(arguments.server, "/readyz", "server", good=(200, 503)))
+    if arguments.json:
+        print(json.dumps({"engine": status.model_dump(mode="json"), "server": ready}, indent=1))
+    else:
+        for worker in status.workers:
+            print("\n".join(_lines(worker)))
+        if ready is not None:
+            print("server")
+            for name, state in ready["checks"].items():
+                reason = ready["reasons"].get(name)
+                print(f"  {name:<18} {state}{f': {reason}' if reason else ''}")
+    return 0 if ready is None or ready["ready"] else 1
+
+
+def _lines(worker: WorkerStatus) -> list[str]:
+    layers = worker.layers
+    together = layers == tuple(range(layers[0], layers[-1] + 1)) if layers else False
+    rows = {
+        "bank": worker.fingerprint,
+        "calibration": worker.calibration,
+        "layers": f"{layers[0]} to {layers[-1]}" if together else ", ".join(map(str, layers)),
+        "versions": f"undertow {worker.undertow_version}, vllm {worker.vllm_version}, {worker.dtype}",
+        "reserved token": str(worker.reserved_token_id),
+        "smallest rates": ", ".join(
+            f"{each.detectors[0]} {each.supported_fpr:.3g}" for each in worker.detectors if len(each.detectors) == 1
+        ),
+        "requests judged": f"{worker.requests_judged:,}",
+        "tokens": f"{worker.tokens_scored:,} scored, {worker.tokens_recalled:,} from the prefix cache",
+        "unscorable": f"{worker.unscorable:,} requests",
+    }
+    return [f"worker {worker.rank}", *(f"  {name:<18} {value}" for name, value in rows.items())]
+
+
+def _get(address: str, path: str, whose: str, good: tuple[int, ...]) -> bytes:
+    import httpx
+
+    from guard.errors import ConfigError, EngineError
+
+    try:
+        response = httpx.get(f"{address.rstrip('/')}{path}", timeout=TIMEOUT_S)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise ConfigError(f"--{whose}: {address}, expected a URL such as http://127.0.0.1:8000") from error
+    except httpx.HTTPError as error:
+        raise EngineError(f"{address}: the {whose} does not answer: {error}") from error
+    if response.status_code not in good:
+        hint = "; is it guarded?" if whose == "engine" and response.status_code == 404 else ""
+        raise EngineError(f"{address}{path}: the {whose} answered {response.status_code}{hint}")
+    return response.content

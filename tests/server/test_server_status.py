@@ -1,0 +1,77 @@
+"""`undertow status`, against a fake engine and a real server."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from server import cli
+
+from .conftest import Proxy
+from .fake_engine import FINGERPRINT, FakeEngine, Script
+from .hosting import Host
+
+
+def status(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(["status", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_every_worker_and_every_check_is_told(
+    alone: Proxy, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url)
+    assert code == 0
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == ["worker 0", "worker 1", "server"]
+    assert out.count(FINGERPRINT) == 2
+    for told in ("layers             1 to 3", "density 0.002", "canary             ok", "from the prefix cache"):
+        assert told in out
+
+
+def test_as_json_it_is_both_answers_whole(
+    alone: Proxy, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert [worker["rank"] for worker in told["engine"]["workers"]] == [0, 1]
+    assert told["server"]["ready"] is True
+    code, out, _ = status(capsys, "--engine", played[1].url, "--no-server", "--json")
+    assert (code, json.loads(out)["server"]) == (0, None)
+
+
+def test_a_server_that_is_not_ready_is_one_and_says_why(
+    alone: Proxy, engine: FakeEngine, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.script = Script(guard_down=True)
+    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url)
+    assert code == 1
+    assert "canary             failed: the engine answered 503" in out
+
+
+def test_who_does_not_answer_is_named(played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    code, _, err = status(capsys, "--engine", nowhere)
+    assert code == 1
+    assert f"{nowhere}: the engine does not answer" in err
+    code, _, err = status(capsys, "--engine", played[1].url, "--server", nowhere)
+    assert code == 1
+    assert f"{nowhere}: the server does not answer" in err
+
+
+def test_an_engine_without_the_guard_is_told_from_one_with_it(alone: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = status(capsys, "--engine", alone.url, "--no-server")
+    assert code == 1
+    assert "the engine answered 404; is it guarded?" in err
+
+
+@pytest.mark.parametrize("address", ["localhost", "ftp://localhost", "http://", ""])
+def test_an_address_that_is_none_is_bad_input(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = status(capsys, "--engine", address)
+    assert code == 2
+    assert f"--engine: {address}, expected a URL" in err
