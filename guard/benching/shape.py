@@ -37,6 +37,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(hidden=128, layers=4, heads=4, kv_heads=2, intermediate=256, vocabulary=4096),
     "0.4b": Shape(hidden=1024, layers=24, heads=16, kv_heads=8, intermediate=4096, vocabulary=32_000),
     "1b": Shape(hidden=2048, layers=16, heads=32, kv_heads=8, intermediate=8192, vocabulary=128_256),
     "8b": Shape(hidden=4096, layers=32, heads=32, kv_heads=8, intermediate=14_336, vocabulary=128_256),

@@ -43,7 +43,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    engine.add_argument("--shape", default="0.4b", choices=("0.4b", "1b", "8b"), help="parameters, roughly (0.4b)")
+    engine.add_argument(
+        "--shape", default="0.4b", choices=("tiny", "0.4b", "1b", "8b"), help="parameters, roughly (0.4b)"
+    )
     engine.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="requests at a time (1 8)")
     engine.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of each request (128)")
     engine.add_argument("--new-tokens", type=int, default=32, metavar="N", help="generated for each request (32)")
