@@ -60,14 +60,15 @@ class OfflineEngine:
         dtype: str = "auto",
         eager: bool = False,
         max_model_len: int | None = None,
+        own_process: bool = False,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        """Start vLLM with the guard; raises InputError or EngineError as the worker does, where bank and model
-        differ."""
+        """Start vLLM with the guard, in this process unless it gets its own; raises InputError or EngineError as the
+        worker does, where bank and model differ."""
         check_version()
         fingerprint = read_header(bank).fingerprint
         # One process: errors arrive as they were raised, and a second import of vLLM is saved.
-        environment = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process))}
         options: dict[str, Any] = {
             "model": str(model),
             "dtype": dtype,
