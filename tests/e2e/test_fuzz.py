@@ -37,4 +37,5 @@ def test_every_token_of_every_request_has_the_models_own_score(
         assert found["preemptions"] > 0
         assert found["blocked"] > 0
         assert (found["accepted_guesses"] > 0) == (profile == "speculation")
-        assert (found["behind_the_end"] > 0) == (profile == "ahead")
+        # Of a drafter's guesses, too, some lie behind the end of their sequence.
+        assert (found["behind_the_end"] > 0) == (profile != "cache")
