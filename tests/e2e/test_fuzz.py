@@ -37,5 +37,6 @@ def test_every_token_of_every_request_has_the_models_own_score(
         assert found["preemptions"] > 0
         assert found["blocked"] > 0
         assert (found["accepted_guesses"] > 0) == (profile == "speculation")
-        # Of a drafter's guesses, too, some lie behind the end of their sequence.
-        assert (found["behind_the_end"] > 0) == (profile != "cache")
+        # A drafter's guesses may lie behind the end of their sequence, too, and need not.
+        if profile != "speculation":
+            assert (found["behind_the_end"] > 0) == (profile == "ahead")
