@@ -80,3 +80,16 @@ def test_a_batch_that_is_not_the_schedulers_step_is_unscored(scheduled: dict[str
 
 def test_the_capacity_is_the_runners() -> None:
     assert runner(**BATCH).capacity == 128
+
+
+def test_a_token_that_is_forbidden_can_be_drawn_for_no_sequence() -> None:
+    with torch.inference_mode():
+        logits = torch.ones(3, 8)
+    state = SimpleNamespace(logits=logits)
+    RunnerV1(SimpleNamespace(execute_model_state=state)).forbid(5)
+    assert logits[:, 5].isneginf().all()
+    assert logits[:, [0, 1, 2, 3, 4, 6, 7]].eq(1).all()
+
+
+def test_a_step_that_samples_nothing_has_nothing_to_forbid() -> None:
+    RunnerV1(SimpleNamespace(execute_model_state=SimpleNamespace(logits=None))).forbid(5)
