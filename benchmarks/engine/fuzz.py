@@ -8,8 +8,8 @@ ahead. Then each sequence is read again, alone and whole, by transformers, and h
 
 - coverage: every token that entered the model has a score, by a probe or from the cache, and no other token has one;
 - readings: cosines, writings and lengths of each computed token; exceedances of each recalled one;
-- verdicts: the largest score of each detector and phase, with its position; blocked where and only where it is over the
-  threshold, and nothing generated after it.
+- verdicts: the largest score of each detector and phase; blocked where and only where it is over the threshold, and
+  nothing generated after it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ from guard.evidence import POLICY_ARGUMENT, Evidence, Record
 from guard.organisms import prompts as organism_prompts
 from guard.policy import Policy
 from guard.roles import RoleMap
-from guard.scores import BankSpace
 from guard.verdict import Score
 
 BLOCK = 32
@@ -292,7 +291,7 @@ def _faults(each: Observed, alone: _Alone, scorer: Scorer, roles: RoleMap, worst
         return
     if each.record.tokens_scored != len(ids) or each.record.unscorable is not None:
         yield f"{each.record.tokens_scored} of {len(ids)} tokens scored; {each.record.unscorable}"
-    readings = alone.read(ids)
+    readings = alone.readings(ids)
     exact = (readings.coordinates, readings.written, readings.lengths)
     for position, found in each.noted.computed.items():
         for name, ours, theirs in zip(("cosine", "written", "length"), found, exact, strict=True):
@@ -303,6 +302,9 @@ def _faults(each: Observed, alone: _Alone, scorer: Scorer, roles: RoleMap, worst
     for position, value in each.noted.recalled.items():
         _note(worst, "recalled", abs(value - float(outside[position, whose[position]])))
     best = _largest(scorer, readings, whose, len(each.prompt))
+    if (told := {(score.detector, score.phase) for score in each.record.scores}) != best.keys():
+        yield f"it was told of {sorted(told)}, and alone it has {sorted(best)}"
+        return
     for score in each.record.scores:
         theirs = best[score.detector, score.phase]
         _note(worst, "score", abs(score.score - theirs.value) / max(1.0, abs(theirs.value)))
@@ -347,10 +349,10 @@ class _Alone(Reader):
 
     def __init__(self, model: Path, bank: Bank) -> None:
         super().__init__(model, {}, max_tokens=0)
-        self._bank, self._bank_space = bank, BankSpace.of(bank)
+        self._bank = bank
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[int]) -> Readings:  # type: ignore[override]
+    def readings(self, ids: Sequence[int]) -> Readings:
         """Of every token."""
         self._model(input_ids=torch.tensor([ids]), use_cache=False)
         stream = self._stream()[0].double()

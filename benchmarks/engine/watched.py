@@ -50,8 +50,11 @@ class WatchedWorker(GuardWorker):
             readings, own = self._now.readings, self._of(rows.sequence)
             for offset in range(rows.count):
                 row = rows.first_row + offset
-                each = (readings.coordinates[row], readings.written[row], readings.lengths[row])
-                own.computed[rows.first_position + offset] = tuple(part.numpy().copy() for part in each)  # type: ignore[assignment]
+                own.computed[rows.first_position + offset] = (
+                    readings.coordinates[row].numpy().copy(),
+                    readings.written[row].numpy().copy(),
+                    readings.lengths[row].numpy().copy(),
+                )
 
         def ending(this: Ledger, rows: Rows) -> bool:
             over = ended(this, rows)

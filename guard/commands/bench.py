@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
+    from guard.bank import Bank
     from guard.benching.shape import Shape
 
 DESCRIPTION = """\
@@ -29,6 +30,8 @@ examples:
   undertow bench engine --shape 8b --batches 1 32 256 --rounds 20 --json bench.json
 """
 
+# Of `guard.benching.shape.SHAPES`, which needs torch; the command line is composed without.
+SHAPE_NAMES = ("tiny", "0.4b", "1b", "8b")
 REFERENCES, HELD_OUT, CALIBRATION_RATE = 48, 48, 0.1
 
 
@@ -43,9 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    engine.add_argument(
-        "--shape", default="0.4b", choices=("tiny", "0.4b", "1b", "8b"), help="parameters, roughly (0.4b)"
-    )
+    engine.add_argument("--shape", default="0.4b", choices=SHAPE_NAMES, help="parameters, roughly (0.4b)")
     engine.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="requests at a time (1 8)")
     engine.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of each request (128)")
     engine.add_argument("--new-tokens", type=int, default=32, metavar="N", help="generated for each request (32)")
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(scratch: Path, shape: Shape, dtype: str, options: dict[str, Any]) -> Any:
+def _prepare(scratch: Path, shape: Shape, dtype: str, options: dict[str, Any]) -> Bank:
     """Base and tuned model, a bank, and a calibration from a few random prompts."""
     import random
 

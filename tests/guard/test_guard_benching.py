@@ -9,6 +9,7 @@ import pytest
 
 from guard.benching.paired import Pair, Row, table, take_turns
 from guard.benching.shape import SHAPES
+from guard.commands.bench import SHAPE_NAMES
 from guard.intervals import median_interval
 
 
@@ -60,6 +61,10 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
 def test_no_values_have_no_median() -> None:
     with pytest.raises(ValueError, match="at least one"):
         median_interval([])
+
+
+def test_every_shape_can_be_named() -> None:
+    assert tuple(SHAPES) == SHAPE_NAMES
 
 
 @pytest.mark.parametrize(("name", "billions"), [("0.4b", 0.4), ("1b", 1.2), ("8b", 7.5)])

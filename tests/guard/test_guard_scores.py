@@ -137,8 +137,8 @@ def test_what_enters_a_layer_spoiled_is_nan_to_density(spoil: str) -> None:
     some = Tokens(
         cosines, written, length.expand(-1, 3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     )
-    for name in ("density", "intrinsic"):
-        assert (~detectors()[name].values(some).isfinite()).tolist() == [False, True, False]  # type: ignore[index]
+    found = {name: (~each.values(some).isfinite()).tolist() for name, each in detectors().items()}
+    assert found["density"] == found["intrinsic"] == [False, True, False]
 
 
 def test_a_bank_space_knows_the_layer_and_the_origin_of_each_coordinate() -> None:
