@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 STAMP = "undertow-ready.json"
 LOG = "undertow-setup.log"
+TRITON_LOCK = REQUIREMENTS / "triton.lock"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # torch 2.13 from PyPI is built for CUDA 13, which wants this driver series.
 CUDA_DRIVER = 580
@@ -183,6 +184,14 @@ def install_packages(pip: list[str], build: str, locks: list[Path], environment:
         run([*command, "--extra-index-url", TORCH_CPU_INDEX], environment, clock, expected)
 
 
+def install_triton(pip: list[str], environment: Path, clock: Clock) -> None:
+    """Triton in a folder of its own, `ENVIRONMENT/triton`: only tests of the kernels import from there."""
+    clock.say("installing Triton for the tests of the kernels (200 MB)")
+    target = ["--target", str(environment / "triton")]
+    options = ["--no-deps", "--require-hashes", "--only-binary=:all:"]
+    run([*pip, "install", *options, *target, "-r", str(TRITON_LOCK)], environment, clock, 1)
+
+
 def install_project(pip: list[str], environment: Path, clock: Clock) -> None:
     clock.say("installing undertow itself, editable")
     # setuptools comes from the lock, so nothing has to be fetched, and nothing unpinned is.
@@ -202,7 +211,8 @@ def set_up(environment: Path, asked: str) -> None:
     clock = Clock()
     build = choose_build(asked, clock)
     locks = [REQUIREMENTS / f"{build}.lock", REQUIREMENTS / "dev.lock"]
-    wanted = wanted_stamp(build, locks)
+    # The CUDA build brings its own.
+    wanted = wanted_stamp(build, [*locks, *([TRITON_LOCK] if build == "cpu" else [])])
     if read_stamp(environment) == wanted:
         return
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
@@ -222,6 +232,8 @@ def set_up(environment: Path, asked: str) -> None:
             clock.say(f"setting up {environment} with Python {wanted['python']}, {build} build ({reason})")
             pip = make_environment(environment, clock)
             install_packages(pip, build, locks, environment, clock)
+            if build == "cpu":
+                install_triton(pip, environment, clock)
             install_project(pip, environment, clock)
             check_environment(environment, clock)
         write_stamp(environment, wanted)

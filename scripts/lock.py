@@ -37,6 +37,11 @@ SERVER_HEADER = """\
 # What the proxy alone needs: no torch, no vLLM. For docker/server.Dockerfile. Written by `make lock` from
 # pyproject.toml: do not edit. The versions are those of cpu.lock, so the image runs what the tests ran.
 """
+TRITON_HEADER = """\
+# The CUDA compiler, as in cuda.lock, for tests on a machine without a GPU: they run the kernels in its interpreter.
+# Written by `make lock`: do not edit. It goes into a folder of its own, ENVIRONMENT/triton, that only they import from:
+# vLLM and torch look for Triton, and everything else is tested as a machine without it runs.
+"""
 
 BUILD_HEADER = """\
 # What builds the project's own wheel in docker/server.Dockerfile. Written by `make lock` from build.in: do not edit.
@@ -65,6 +70,14 @@ def resolve(uv: str, sources: list[str], *options: str, prefer: str = "") -> str
         command += ["--quiet", f"--output-file={output}", *options, *sources]
         subprocess.run(command, cwd=ROOT, check=True)
         return output.read_text().replace(EVERYWHERE, "")
+
+
+def entry(name: str, lock: str) -> str:
+    """One package of a lock, with its hashes."""
+    found = re.search(rf"^{re.escape(name)}==[^\n]+(?:\n +--hash=[^\n]+)+\n", lock, re.M)
+    if found is None:
+        raise SystemExit(f"{name} is not in the lock")
+    return found.group()
 
 
 def write(name: str, header: str, body: str) -> None:
@@ -96,6 +109,7 @@ def main() -> int:
 
     cuda = resolve(uv, ["pyproject.toml", "requirements/cuda.in"], "--extra=weights", prefer=locked("cuda.lock") or cpu)
     write("cuda.lock", CUDA_HEADER, cuda)
+    write("triton.lock", TRITON_HEADER, entry("triton", cuda))
 
     shared = dict(pins(cpu).items() & pins(cuda).items())
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:

@@ -14,31 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from guard.bank import Bank
+from guard.engine.kernels import reader
 from guard.errors import UnscoredError, UnsupportedEngineError
 from guard.scores import BankSpace, measure
 
 LAYER_LISTS = ("model.layers", "language_model.model.layers")
 """Where vLLM's models keep their decoder layers."""
-
-
-def _read(
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    directions: torch.Tensor,
-    projections: torch.Tensor,
-    lengths: torch.Tensor,
-    count: torch.Tensor,
-) -> None:
-    """hidden, residual [T, H]; directions float32 [K, H]. Of T rows, projections float32 [capacity, K] and lengths
-    float32 [capacity] are written; count int64 [2] grows by one run and T rows."""
-    rows = hidden.float() if residual is None else hidden.float() + residual.float()
-    seen = len(rows)
-    torch.mm(rows, directions.T, out=projections[:seen])
-    torch.linalg.vector_norm(rows, dim=-1, out=lengths[:seen])
-    count += torch.tensor([1, seen], device=count.device)
 
 
 def _read_fake(
@@ -55,7 +40,7 @@ def _read_fake(
 _library = torch.library.Library("undertow", "DEF")  # type: ignore[no-untyped-call]
 direct_register_custom_op(
     "read",
-    _read,
+    reader(current_platform.device_type),
     mutates_args=["projections", "lengths", "count"],
     fake_impl=_read_fake,
     target_lib=_library,

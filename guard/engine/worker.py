@@ -24,6 +24,7 @@ from guard.checkpoints import Checkpoint
 from guard.engine.ahead import Ending
 from guard.engine.channel import EvidenceServer
 from guard.engine.judge import Judge, Pass
+from guard.engine.kernels import WARM_UP
 from guard.engine.probe import Probes
 from guard.engine.recorder import Keep, Recorder
 from guard.engine.runner_v1 import RunnerV1
@@ -49,9 +50,6 @@ else:
 
 # Under vLLM's own logger, so that its log says which bank guards it.
 log = init_logger("vllm.undertow")
-
-START_ROWS = 3
-"""Rows of the forward pass that proves the probes at start."""
 
 
 class GuardWorker(PlatformWorker):  # type: ignore[misc]
@@ -91,16 +89,17 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             log.info("no calibration: this engine records for one and cannot serve")
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up, then see one forward pass go through every probe, on the path that requests take."""
+        """Warm up, then see forward passes go through every probe, on the path that requests take."""
         times = super().compile_or_warm_up_model()
         if self.cache_config.enable_prefix_caching:
             self._shadow = Shadow(self._runner.slots())
-        self._probes.reset()
-        self._runner.dummy_run(START_ROWS)
-        try:
-            self._probes.read(START_ROWS)
-        except UnscoredError as error:
-            raise EngineError(f"the guard does not start: {error}") from error
+        for rows in (min(each, self._runner.capacity) for each in WARM_UP):
+            self._probes.reset()
+            self._runner.dummy_run(rows)
+            try:
+                self._probes.read(rows)
+            except UnscoredError as error:
+                raise EngineError(f"the guard does not start: {error}") from error
         if self._judge is not None:
             self._channel = EvidenceServer(self._evidence)
         log.info("guarding %d layers with bank %s", len(self._space.layers), self._bank.fingerprint)

@@ -30,7 +30,7 @@ class Recorder:
     def __init__(self, bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         self.did: list[str] = []
         self.fail_at = ""
-        for step in ("make_environment", "install_packages", "install_project", "check_environment"):
+        for step in ("make_environment", "install_packages", "install_triton", "install_project", "check_environment"):
             monkeypatch.setattr(bootstrap, step, self.step(bootstrap, step))
 
     def step(self, bootstrap: ModuleType, name: str) -> object:
@@ -53,7 +53,7 @@ def recorder(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Recorder
     return Recorder(bootstrap, monkeypatch)
 
 
-EVERYTHING = ["make_environment", "install_packages", "install_project", "check_environment"]
+EVERYTHING = ["make_environment", "install_packages", "install_triton", "install_project", "check_environment"]
 
 
 def test_a_second_set_up_does_nothing(bootstrap: ModuleType, recorder: Recorder, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_changed_lock_makes_a_new_environment(bootstrap: ModuleType, recorder:
     bootstrap.set_up(tmp_path / "venv", "cpu")
     recorder.did.clear()
     bootstrap.set_up(tmp_path / "venv", "cuda")
-    assert recorder.did == EVERYTHING
+    assert recorder.did == [step for step in EVERYTHING if step != "install_triton"]
 
 
 @pytest.mark.parametrize("stamp", ["", "{", "[]", "null"])
@@ -153,6 +153,17 @@ def test_pytorchs_own_index_is_asked_only_when_torch_is_not_found_otherwise(
     bootstrap.install_packages(["pip"], "cpu", [ROOT / "requirements/cpu.lock"], tmp_path, bootstrap.Clock())
     assert [command[-1] for command in commands] == [str(ROOT / "requirements/cpu.lock"), bootstrap.TORCH_CPU_INDEX]
     assert all("--require-hashes" in command for command in commands)
+
+
+def test_triton_stays_out_of_the_environment_that_vllm_runs_in(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(bootstrap, "run", lambda command, *_: commands.append(command))
+    bootstrap.install_triton(["pip"], tmp_path, bootstrap.Clock())
+    [command] = commands
+    assert command[command.index("--target") + 1] == str(tmp_path / "triton")
+    assert {"--no-deps", "--require-hashes"} <= set(command)
 
 
 def test_make_refuses_a_python_that_is_too_old(tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def test_both_builds_have_the_same_vllm_and_torch() -> None:
     assert pins("cpu")["torch"].partition("+")[0] == pins("cuda")["torch"]
 
 
+def test_the_kernels_are_tested_with_the_triton_that_a_gpu_gets() -> None:
+    assert pins("triton") == {"triton": pins("cuda")["triton"]}
+
+
 def test_the_proxy_image_has_what_the_tests_ran_with() -> None:
     for name, version in {**pins("server"), **pins("build")}.items():
         assert pins("cpu")[name] == version
