@@ -11,12 +11,12 @@ w = U_l (h_l - h_(l-1)). Coordinates of all watched layers stand side by side. D
   `density` over those of the weight delta, `intrinsic` over those of the tuned model's own matrices, which needs no
   base model. See docs/decisions/0003-density.md.
 
-These plain-torch functions are the reference that any faster kernel is held against.
+These plain-torch functions are the reference that the engine's kernels are held against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,9 @@ docs/decisions/0003-density.md."""
 
 FEWEST = 8
 """Clean tokens that a covariance is made from, at least. Far more are needed for a good one."""
+
+PANEL = 64
+"""Columns of a covariance's factor that are multiplied at a time."""
 
 SHORTEST = 1e-15
 """Below this length the squares that make it are rounded to float32's smallest numbers."""
@@ -77,6 +80,12 @@ class BankSpace:
         """int64 [D]: the coordinates whose directions come from the tuned model's own matrices."""
         return torch.tensor([place for place, name in enumerate(self.names) if is_own(name)], dtype=torch.int64)
 
+    def of_every_token(self) -> torch.Tensor:
+        """int64 [E]: the coordinates that are read at every token, not at decisions alone: those of the delta; where
+        there is none, the model's own."""
+        delta = self.of_delta()
+        return delta if len(delta) else self.of_weights()
+
 
 def along(residual: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """Projections float32 [T, K] of residual rows [T, H] on directions [K, H]."""
@@ -87,6 +96,11 @@ def lengths_of(residual: torch.Tensor) -> torch.Tensor:
     """Lengths float32 [T] of residual rows [T, H]."""
     lengths: torch.Tensor = torch.linalg.vector_norm(residual.float(), dim=-1)
     return lengths
+
+
+def known_lengths(lengths: torch.Tensor) -> torch.Tensor:
+    """Lengths, NaN where float32 cannot hold them: cosines would come out as zeros, which is what clean looks like."""
+    return lengths.where((lengths > SHORTEST) & lengths.isfinite(), torch.nan)
 
 
 def measure(
@@ -102,10 +116,9 @@ def measure(
 
     Returns:
         Cosines and what was written, both [T, size], and lengths [T, layers]. A row of zeros, or one with NaN or
-        infinity, gives NaN: it cannot be scored. So does one whose length float32 cannot hold; its cosines would come
-        out as zeros, which is what clean looks like.
+        infinity, gives NaN: it cannot be scored. So does one whose length float32 cannot hold.
     """
-    lengths = lengths.where((lengths > SHORTEST) & lengths.isfinite(), torch.nan)
+    lengths = known_lengths(lengths)
     each = lengths[:, slots]
     # Times a length over itself: NaN where the length is.
     return after / each, (after - entered) * (each / each), lengths
@@ -169,34 +182,23 @@ class Exceedance:
         of the role, which is then held against the range of all roles. `chosen`: int64 [D], the coordinates to
         read."""
         seen = (low <= high).all(dim=-1, keepdim=True)
-        self._low = torch.where(seen, low, low.amin(dim=0))[:, chosen]
-        self._high = torch.where(seen, high, high.amax(dim=0))[:, chosen]
-        self._chosen = chosen
+        self.low = torch.where(seen, low, low.amin(dim=0))[:, chosen].contiguous()
+        """float32 [3, D], per role."""
+        self.high = torch.where(seen, high, high.amax(dim=0))[:, chosen].contiguous()
+        self.chosen = chosen
         self._layer_slot = space.layer_slot()
 
     def values(self, tokens: Tokens) -> torch.Tensor:
-        return self._worst(tokens.coordinates, self._low[tokens.roles], self._high[tokens.roles])[0]
+        return self._worst(tokens)[0]
 
     def explain(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        _, worst = self._worst(tokens.coordinates, self._low[tokens.roles], self._high[tokens.roles])
+        _, worst = self._worst(tokens)
         return self._layer_slot[worst], worst
 
-    def by_role(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of coordinates [T, size], for each role that a token could have: values float32 [T, 3], and the coordinates
-        int64 [T, 3] that contribute most.
-
-        A token whose state another request takes from the cache may be another speaker's there.
-        """
-        scores = [self._worst(coordinates, low, high) for low, high in zip(self._low, self._high, strict=True)]
-        values, worst = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
-        return values, worst
-
-    def _worst(
-        self, coordinates: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        read = coordinates[:, self._chosen]
-        values, worst = torch.maximum(read - high, low - read).max(dim=-1)
-        return values, self._chosen[worst]
+    def _worst(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        read = tokens.coordinates[:, self.chosen]
+        values, worst = torch.maximum(read - self.high[tokens.roles], self.low[tokens.roles] - read).max(dim=-1)
+        return values, self.chosen[worst]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +232,17 @@ class Moments:
         return cls(count, mean, spread / count)
 
 
+Squares = Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+
+
+def squares(deviations: torch.Tensor, panels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float32 [T]: the squared lengths of deviations [T, F] times an upper triangular [F, F], given as `_panels`."""
+    sums = torch.zeros(len(deviations))
+    for panel in panels:
+        sums += (deviations[:, : len(panel)] @ panel).square().sum(dim=-1)
+    return sums
+
+
 class Density:
     """How improbable a token's features are under the clean normal distribution of its phase.
 
@@ -251,21 +264,29 @@ class Density:
         self._space = space
         self._chosen = chosen
         self._slots = space.layer_slot()[chosen]
-        read = torch.cat([chosen, chosen + space.size])
+        self._read = torch.cat([chosen, chosen + space.size])
         blocks = torch.cat([self._slots, self._slots + len(space.layers)])
-        self._means = tuple(moments.mean[read].float() for moments in clean)
-        self._factors = tuple(_whitening(moments, read, blocks) for moments in clean)
+        self._means = tuple(moments.mean[self._read].float() for moments in clean)
+        self._factors = tuple(_panels(_whitening(moments, self._read, blocks)) for moments in clean)
 
     def values(self, tokens: Tokens) -> torch.Tensor:
-        rows = self._features(tokens)
+        return self.distances(self._features(tokens), tokens.phases)
+
+    def distances(self, rows: torch.Tensor, phases: torch.Tensor, by: Squares = squares) -> torch.Tensor:
+        """float32 [T], of the `features` [T, 2 size] of tokens in these phases, int64 [T]. `by`: the kernel that
+        multiplies."""
         values = torch.empty(len(rows), dtype=torch.float32)
-        for phase, own in _by_phase(tokens):
-            whitened = (rows[own] - self._means[phase]) @ self._factors[phase]
-            values[own] = whitened.square().mean(dim=-1).sqrt()
+        for phase, own in _by_phase(phases):
+            deviations = self._deviations(rows[own], phase)
+            values[own] = (by(deviations, self._factors[phase]) / deviations.shape[1]).sqrt()
         return values
 
     def explain(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        shares = self.shares(tokens)
+        return self.explain_features(self._features(tokens), tokens.phases)
+
+    def explain_features(self, rows: torch.Tensor, phases: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `explain`, of the `features` [T, 2 size] of tokens in these phases, int64 [T]."""
+        shares = self._shares(rows, phases)
         by_layer = torch.zeros(len(shares), len(self._space.layers)).index_add_(1, self._slots, shares)
         slots = by_layer.argmax(dim=-1)
         elsewhere = self._slots[None, :] != slots[:, None]
@@ -274,30 +295,46 @@ class Density:
     def shares(self, tokens: Tokens) -> torch.Tensor:
         """float32 [T, D]: what every chosen coordinate adds to 2 D times the squared score, the sum of x_i (P x)_i over
         its two features; some are negative."""
-        rows = self._features(tokens)
+        return self._shares(self._features(tokens), tokens.phases)
+
+    def _shares(self, rows: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
         shares = torch.empty(len(rows), len(self._chosen))
-        for phase, own in _by_phase(tokens):
-            deviations = rows[own] - self._means[phase]
-            each = deviations * (deviations @ self._factors[phase] @ self._factors[phase].T)
-            standing, writing = torch.split(each, len(self._chosen), dim=-1)
+        for phase, own in _by_phase(phases):
+            deviations = self._deviations(rows[own], phase)
+            weighed = torch.zeros_like(deviations)
+            for panel in self._factors[phase]:
+                weighed[:, : len(panel)] += deviations[:, : len(panel)] @ panel @ panel.T
+            standing, writing = torch.split(deviations * weighed, len(self._chosen), dim=-1)
             shares[own] = standing + writing
         return shares
 
     def _features(self, tokens: Tokens) -> torch.Tensor:
-        """float32 [T, 2 D]."""
-        projections = tokens.coordinates[:, self._chosen] * tokens.lengths[:, self._slots]
-        return torch.cat([projections, tokens.written[:, self._chosen]], dim=-1)
+        return features(self._space, tokens.coordinates, tokens.written, tokens.lengths)
+
+    def _deviations(self, rows: torch.Tensor, phase: int) -> torch.Tensor:
+        return rows[:, self._read] - self._means[phase]
 
 
-def _by_phase(tokens: Tokens) -> Iterator[tuple[int, torch.Tensor]]:
+def _by_phase(phases: torch.Tensor) -> Iterator[tuple[int, torch.Tensor | slice]]:
     """Each phase that occurs, and the rows of its tokens."""
-    for phase in sorted(set(tokens.phases.tolist())):
-        yield phase, (tokens.phases == phase).nonzero().squeeze(-1)
+    found = sorted(set(phases.tolist()))
+    for phase in found:
+        yield phase, slice(None) if len(found) == 1 else (phases == phase).nonzero().squeeze(-1)
+
+
+def _panels(factor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An upper triangular [F, F] as its columns, `PANEL` at a time, without the zeros below them: half the memory to
+    read, and that is what a distance costs where few tokens are decoded."""
+    size = len(factor)
+    stops = [min(start + PANEL, size) for start in range(0, size, PANEL)]
+    return tuple(
+        factor[:stop, start:stop].contiguous() for start, stop in zip(range(0, size, PANEL), stops, strict=True)
+    )
 
 
 def _whitening(moments: Moments, chosen: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """float32 [2 D, 2 D]: W with x W W' x' = x S^-1 (S^-1 C S^-1 + R)^-1 S^-1 x', S the scales and R the ridges.
-    `slots`: which features share a scale."""
+    """float32 [2 D, 2 D], upper triangular: W with x W W' x' = x S^-1 (S^-1 C S^-1 + R)^-1 S^-1 x', S the scales and R
+    the ridges. `slots`: which features share a scale."""
     if moments.count < FEWEST:
         raise CalibrationError(f"{moments.count} clean decisions, expected at least {FEWEST}")
     covariance = moments.covariance[chosen][:, chosen]

@@ -38,7 +38,7 @@ from guard.atomic import write_atomically
 from guard.bank import Bank
 from guard.calibration import Calibration
 from guard.engine.offline import OfflineEngine
-from guard.engine.probe import Readings
+from guard.engine.readings import Readings
 from guard.engine.runner_v1 import Rows
 from guard.engine.step import Scorer
 from guard.errors import EngineError, ResultsError
@@ -47,6 +47,7 @@ from guard.evidence import POLICY_ARGUMENT, Evidence, Record
 from guard.organisms import prompts as organism_prompts
 from guard.policy import Policy
 from guard.roles import RoleMap
+from guard.scores import BankSpace
 from guard.verdict import Score
 
 BLOCK = 32
@@ -269,7 +270,7 @@ def _compare(
     model: Path, bank: Bank, calibration: Calibration, judged: Sequence[Observed]
 ) -> tuple[dict[str, float], list[str]]:
     scorer = Scorer.of(calibration)
-    worst: dict[str, float] = dict.fromkeys(("cosine", "written", "length", "recalled", "score"), 0.0)
+    worst: dict[str, float] = dict.fromkeys(("cosine", "length", "feature", "recalled", "score"), 0.0)
     faults: list[str] = []
     with _Alone(model, bank) as alone:
         for each in tqdm(judged, desc="the model alone", unit="sequence", file=sys.stderr):
@@ -292,13 +293,15 @@ def _faults(each: Observed, alone: _Alone, scorer: Scorer, roles: RoleMap, worst
     if each.record.tokens_scored != len(ids) or each.record.unscorable is not None:
         yield f"{each.record.tokens_scored} of {len(ids)} tokens scored; {each.record.unscorable}"
     readings = alone.readings(ids)
-    exact = (readings.coordinates, readings.written, readings.lengths)
+    exact = (readings.cosines, readings.lengths, readings.features)
     for position, found in each.noted.computed.items():
-        for name, ours, theirs in zip(("cosine", "written", "length"), found, exact, strict=True):
+        for name, ours, theirs in zip(("cosine", "length", "feature"), found, exact, strict=True):
+            if ours is None:
+                continue  # only rows that decide are read in full
             size = 1.0 if name == "cosine" else max(1.0, float(readings.lengths[position].max()))
             _note(worst, name, float(np.abs(ours - theirs[position].numpy()).max()) / size)
     whose = torch.tensor([*roles.roles(each.prompt).tolist(), *[2] * len(each.generated)][: len(ids)])
-    outside, _ = scorer.by_role(readings)
+    outside = scorer.outside(readings).values
     for position, value in each.noted.recalled.items():
         _note(worst, "recalled", abs(value - float(outside[position, whose[position]])))
     best = _largest(scorer, readings, whose, len(each.prompt))
@@ -336,7 +339,7 @@ def _largest(scorer: Scorer, readings: Readings, whose: torch.Tensor, prompt: in
     parts = [Rows("", 0, prompt, 0, prompt, True)]
     parts += [Rows("", place, 1, place, prompt, True) for place in range(prompt, len(whose))]
     best: dict[tuple[str, str], Score] = {}
-    for scores in scorer.score(readings, whose, parts):
+    for scores in scorer.score(readings, scorer.outside(readings), whose, parts):
         for score in scores:
             key = (score.detector, score.phase)
             if key not in best or score.value > best[key].value:
@@ -365,7 +368,7 @@ class _Alone(Reader):
             projected = after @ directions.T
             parts.append((projected / length, projected - entered, length))
         cosines, written, lengths = (torch.cat(part, dim=-1).float() for part in zip(*parts, strict=True))
-        return Readings(cosines, written, lengths)
+        return Readings.whole(BankSpace.of(self._bank), cosines, written, lengths)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

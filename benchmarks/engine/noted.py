@@ -14,7 +14,7 @@ Array = npt.NDArray[np.float32]
 class Noted:
     """Of one sequence."""
 
-    computed: dict[int, tuple[Array, Array, Array]] = field(default_factory=dict)
-    """By position: cosines, writings and lengths of its probe; the last time it was judged."""
+    computed: dict[int, tuple[Array, Array, Array | None]] = field(default_factory=dict)
+    """By position: cosines, lengths and, of a decision, features; the last time it was judged."""
     recalled: dict[int, float] = field(default_factory=dict)
     """By position: the exceedance that came from the cache."""

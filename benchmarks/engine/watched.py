@@ -48,12 +48,12 @@ class WatchedWorker(GuardWorker):
             cover(this, rows)
             assert self._now is not None
             readings, own = self._now.readings, self._of(rows.sequence)
-            for offset in range(rows.count):
-                row = rows.first_row + offset
+            full = dict(zip(readings.decisions.tolist(), readings.features.numpy(), strict=True))
+            for offset, row in enumerate(rows.all):
                 own.computed[rows.first_position + offset] = (
-                    readings.coordinates[row].numpy().copy(),
-                    readings.written[row].numpy().copy(),
+                    readings.cosines[row].numpy().copy(),
                     readings.lengths[row].numpy().copy(),
+                    full[row].copy() if row in full else None,
                 )
 
         def ending(this: Ledger, rows: Rows) -> bool:

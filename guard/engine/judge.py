@@ -10,10 +10,10 @@ import torch
 
 from guard.calibration import Calibration
 from guard.engine.ledger import Ledger
-from guard.engine.probe import Readings
+from guard.engine.readings import Readings
 from guard.engine.runner_v1 import Rows
 from guard.engine.shadow import Shadow
-from guard.engine.step import Scorer
+from guard.engine.step import Outside, Scorer
 from guard.engine.stop import Stop
 from guard.engine.turns import Turns
 from guard.evidence import DetectorStatus
@@ -28,6 +28,8 @@ class Pass:
     readings: Readings
     roles: torch.Tensor
     """int64 [T]: an index into `ROLES`."""
+    outside: Outside
+    """How far every row stands outside the clean ranges."""
 
 
 class Judge:
@@ -43,11 +45,24 @@ class Judge:
         self._scorer = Scorer.of(calibration)
         self._turns = turns
 
-    def remember(self, seen: Pass, shadow: Shadow, where: Callable[[str, int, int], torch.Tensor]) -> None:
-        """Keep the scores of a pass under the slots that hold its KV. `where`: slots of a sequence's positions."""
-        found = self._scorer.by_role(seen.readings)
-        slots = [where(rows.sequence, rows.first_position, rows.first_position + rows.count) for rows in seen.batch]
-        shadow.write(torch.cat(slots), *found)
+    def see(
+        self,
+        batch: tuple[Rows, ...],
+        readings: Readings,
+        shadow: Shadow | None,
+        where: Callable[[str, int, int], torch.Tensor],
+    ) -> Pass:
+        """Score every token of a pass, and keep the scores under the slots that hold its KV.
+
+        Args:
+            shadow: where; None where nothing is taken from a cache.
+            where: slots of a sequence's positions.
+        """
+        seen = Pass(batch, readings, self._turns.of(batch), self._scorer.outside(readings))
+        if shadow is not None:
+            slots = [where(rows.sequence, rows.first_position, rows.first_position + rows.count) for rows in batch]
+            shadow.write(torch.cat(slots), seen.outside.values, seen.outside.coordinates)
+        return seen
 
     def judge(
         self,
@@ -64,7 +79,7 @@ class Judge:
         """
         parts = [part for rows in seen.batch for part in rows.accepted(sampled.get(rows.sequence, 0))]
         kept = dict.fromkeys((rows.sequence for rows in seen.batch), 0)
-        found = self._scorer.score(seen.readings, seen.roles, parts, self.ledger.best)
+        found = self._scorer.score(seen.readings, seen.outside, seen.roles, parts, self.ledger.best)
         for part, scores in zip(parts, found, strict=True):
             sequence = part.sequence
             if self.ledger.blocked(sequence) or self.ledger.ended(part):
@@ -90,7 +105,9 @@ class Judge:
         roles = self._turns.between(part.sequence, missing.start, missing.stop)
         found = shadow.read(where(part.sequence, missing.start, missing.stop), roles)
         if found is not None:
-            self.ledger.recall(part, list(self._scorer.recalled(*found, missing, part.prompt_tokens)))
+            values, coordinates = (each.numpy() for each in found)
+            largest = self._scorer.largest(values, coordinates, missing.start, part.prompt_tokens)
+            self.ledger.recall(part, list(largest))
 
 
 def _supported(calibration: Calibration) -> Iterable[DetectorStatus]:

@@ -1,9 +1,10 @@
 """Reading the residual stream: a custom op wherever a watched layer begins or ends, eager and compiled.
 
 The op sees what flows from one decoder layer to the next, adds the two halves that vLLM keeps apart (`hidden` and
-`residual`), and writes projections and lengths into buffers that the worker reads after the forward pass: along the
-directions of the layer that ends there, and of the one that begins. It also counts itself: an op that a stale graph
-left out does not count, and that is noticed in the same step.
+`residual`), and writes what detectors read of it into buffers that the worker takes after the forward pass. Most
+detectors read only rows whose logits are sampled, so only these are read in full; the worker says which they are
+before each pass. The op also counts itself: an op that a stale graph left out does not count, and that is noticed in
+the same step.
 """
 
 from __future__ import annotations
@@ -14,64 +15,35 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.platforms import current_platform
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from guard.bank import Bank
-from guard.engine.kernels import reader
+from guard.engine.kernels import ops
+from guard.engine.readings import Readings
 from guard.errors import UnscoredError, UnsupportedEngineError
-from guard.scores import BankSpace, measure
+from guard.scores import BankSpace
 
 LAYER_LISTS = ("model.layers", "language_model.model.layers")
 """Where vLLM's models keep their decoder layers."""
 
 
-def _read_fake(
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    directions: torch.Tensor,
-    projections: torch.Tensor,
-    lengths: torch.Tensor,
-    count: torch.Tensor,
-) -> None:
-    return None
-
-
-_library = torch.library.Library("undertow", "DEF")  # type: ignore[no-untyped-call]
-direct_register_custom_op(
-    "read",
-    reader(current_platform.device_type),
-    mutates_args=["projections", "lengths", "count"],
-    fake_impl=_read_fake,
-    target_lib=_library,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Readings:
-    """What the probes saw of T rows."""
-
-    coordinates: torch.Tensor
-    """float32 [T, size]: cosines with the bank's directions."""
-    written: torch.Tensor
-    """float32 [T, size]: what each watched layer wrote along its directions."""
-    lengths: torch.Tensor
-    """float32 [T, layers]: of the residual stream after each watched layer."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Station:
-    """Between two decoder layers."""
+    """Between two decoder layers. What the op does with these is said in `kernels/reference.py`."""
 
     before: int
     """How many layers lie before it."""
-    ends: int
-    """Directions of the layer that ends here; 0 where it is not watched."""
-    begins: int
-    """Of the one that begins here."""
-    projections: torch.Tensor
+    directions: torch.Tensor
+    """float32 [K, H], of the layer that ends here, those that are read at every token first; K is 0 where it is not
+    watched."""
+    cosines: torch.Tensor
+    full: torch.Tensor
     lengths: torch.Tensor
     count: torch.Tensor
+
+    @property
+    def ends(self) -> bool:
+        """Whether a watched layer ends here."""
+        return len(self.directions) > 0
 
 
 class Probes:
@@ -84,26 +56,42 @@ class Probes:
         Args:
             capacity: the most rows that one forward pass can have.
         """
+        self.kernels = ops.install()
         layers = decoder_layers(model, bank)
         device = next(model.parameters()).device
-        watched = {layer.index: layer.directions.to(device) for layer in bank.layers}
-        none = torch.zeros(0, bank.hidden_size, device=device)
-        self._slots = BankSpace.of(bank).layer_slot()
+        watched = {
+            layer.index: (layer.directions, every) for layer, every in zip(bank.layers, _every(bank), strict=True)
+        }
+        none = (torch.zeros(0, bank.hidden_size), 0)
+        # Which rows to read in full, and their residual at the last place: every op reads the one and moves the other.
+        self._decisions = torch.zeros(capacity + 1, dtype=torch.int64, device=device)
+        self._previous = torch.zeros(capacity, bank.hidden_size, device=device)
+        self._expected = torch.zeros(0, dtype=torch.int64)
         self._stations: list[_Station] = []
         for place in sorted({index + side for index in watched for side in (0, 1)}):
-            ending, beginning = watched.get(place - 1, none), watched.get(place, none)
+            directions, every = watched.get(place - 1, none)
             # One buffer per place and never a view of a shared one: a graph may not mutate inputs that alias.
             station = _Station(
                 place,
-                len(ending),
-                len(beginning),
-                torch.zeros(capacity, len(ending) + len(beginning), device=device),
-                torch.zeros(capacity, device=device),
+                directions.to(device).contiguous(),
+                torch.zeros(capacity, every, device=device),
+                torch.zeros(2, capacity, len(directions), device=device),
+                torch.zeros(capacity, 1, device=device),
                 torch.zeros(2, dtype=torch.int64, device=device),
             )
-            attach(layers, station, torch.cat([ending, beginning]).contiguous())
+            attach(layers, station, self._decisions, self._previous)
             self._stations.append(station)
+        ending = [station for station in self._stations if station.ends]
+        self._cosines = [station.cosines for station in ending]
+        self._features = [station.full[half] for half in (0, 1) for station in ending]
+        self._lengths = [station.lengths for station in ending]
         self._counts = [(0, 0)] * len(self._stations)
+
+    def expect(self, decisions: Sequence[int]) -> None:
+        """The rows of the next forward pass that are to be read in full, ascending."""
+        told = torch.tensor([len(decisions), *decisions])
+        self._expected = told[1:]
+        self._decisions[: len(told)] = told
 
     def read(self, rows: int) -> Readings:
         """What the last forward pass left of its first `rows` rows, on the CPU.
@@ -120,10 +108,13 @@ class Probes:
                     f"{_place(station)}: its probe ran {runs - old_runs} times and saw {seen - old_seen} rows; "
                     f"expected one run of at least {rows}"
                 )
-        parts = [torch.split(each.projections[:rows], [each.ends, each.begins], dim=-1) for each in self._stations]
-        after, entered = (torch.cat(side, dim=-1).cpu() for side in zip(*parts, strict=True))
-        lengths = torch.stack([each.lengths[:rows] for each in self._stations if each.ends], dim=-1).cpu()
-        return Readings(*measure(after, entered, lengths, self._slots))
+        gather = torch.ops.undertow.gather
+        return Readings(
+            gather(self._cosines, rows).cpu(),
+            gather(self._lengths, rows).cpu(),
+            self._expected,
+            gather(self._features, len(self._expected)).cpu(),
+        )
 
     def reset(self) -> None:
         """Forget runs that were not requests: profiling and warm-up."""
@@ -133,11 +124,29 @@ class Probes:
         return [(runs, seen) for runs, seen in torch.stack([each.count for each in self._stations]).tolist()]
 
 
+def _every(bank: Bank) -> list[int]:
+    """How many of each watched layer's directions, the first, are read at every token."""
+    space = BankSpace.of(bank)
+    chosen = space.of_every_token()
+    counts = torch.bincount(space.layer_slot()[chosen], minlength=len(space.layers)).tolist()
+    starts = torch.tensor(space.widths).cumsum(dim=0) - torch.tensor(space.widths)
+    first = [int(start) + place for start, count in zip(starts, counts, strict=True) for place in range(count)]
+    if chosen.tolist() != first:
+        raise UnsupportedEngineError(
+            "the bank's directions of a layer are not those of the delta, then the model's own"
+        )
+    return [int(count) for count in counts]
+
+
 def _place(station: _Station) -> str:
     return f"layer {station.before - 1}" if station.ends else f"before layer {station.before}"
 
 
-def attach(layers: Sequence[nn.Module], station: _Station, directions: torch.Tensor) -> None:
+BUFFERS = ("directions", "decisions", "previous", "cosines", "full", "lengths", "count")
+"""What `undertow::read` takes after the two halves of the residual, in order."""
+
+
+def attach(layers: Sequence[nn.Module], station: _Station, decisions: torch.Tensor, previous: torch.Tensor) -> None:
     """Hook the op in where `station` is.
 
     Its tensors become a layer's buffers, so that a graph takes them as inputs: constants would make every layer's graph
@@ -145,10 +154,10 @@ def attach(layers: Sequence[nn.Module], station: _Station, directions: torch.Ten
     """
     first = station.before == 0
     layer = layers[max(0, station.before - 1)]
-    name = "undertow_input" if first else "undertow"
-    for kind in ("projections", "lengths", "count"):
-        layer.register_buffer(f"{name}_{kind}", getattr(station, kind), persistent=False)
-    layer.register_buffer(f"{name}_directions", directions, persistent=False)
+    shared = {"decisions": decisions, "previous": previous}
+    for kind in BUFFERS:
+        tensor = shared[kind] if kind in shared else getattr(station, kind)
+        layer.register_buffer(("undertow_input_" if first else "undertow_") + kind, tensor, persistent=False)
     if first:
         layer.register_forward_pre_hook(_before, with_kwargs=True)
     else:
@@ -163,7 +172,10 @@ def _before(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, An
         hidden,
         residual,
         layer.undertow_input_directions,
-        layer.undertow_input_projections,
+        layer.undertow_input_decisions,
+        layer.undertow_input_previous,
+        layer.undertow_input_cosines,
+        layer.undertow_input_full,
         layer.undertow_input_lengths,
         layer.undertow_input_count,
     )
@@ -175,7 +187,10 @@ def _after(layer: nn.Module, _arguments: object, output: torch.Tensor | tuple[to
         hidden,
         residual,
         layer.undertow_directions,
-        layer.undertow_projections,
+        layer.undertow_decisions,
+        layer.undertow_previous,
+        layer.undertow_cosines,
+        layer.undertow_full,
         layer.undertow_lengths,
         layer.undertow_count,
     )

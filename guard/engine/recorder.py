@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save
 
 from guard.atomic import write_atomically
-from guard.engine.probe import Readings
+from guard.engine.readings import Readings
 from guard.engine.runner_v1 import Rows
 from guard.errors import CalibrationError
 from guard.roles import ROLES
-from guard.scores import BankSpace, Moments, features
+from guard.scores import BankSpace, Moments
 from guard.verdict import PHASES
 
 Keep = Literal["shape", "all"]
@@ -49,10 +49,11 @@ class Recorder:
         self._tokens: dict[str, list[torch.Tensor]] = {}
 
     def add(self, readings: Readings, roles: torch.Tensor, batch: Sequence[Rows]) -> None:
-        """One step: the readings of its rows, their roles int64 [T], and whose rows they are."""
+        """One step: the readings of its rows, all in full, their roles int64 [T], and whose rows they are."""
+        coordinates = readings.coordinates(self._space)
         for rows in batch:
             span = slice(rows.first_row, rows.first_row + rows.count)
-            own = readings.coordinates[span]
+            own = coordinates[span]
             if self._keep == "all":
                 self._tokens.setdefault(rows.sequence, []).append(own.clone())
                 continue
@@ -60,9 +61,7 @@ class Recorder:
             self._look_for_sinks(readings.lengths[span], rows.first_position)
             if rows.samples:
                 phase = int(rows.first_position + rows.count > rows.prompt_tokens)
-                last = slice(span.stop - 1, span.stop)
-                found = features(self._space, own[-1:], readings.written[last], readings.lengths[last])
-                self._keep_decision(phase, found)
+                self._keep_decision(phase, readings.features[span.stop - 1 : span.stop].clone())
 
     def _widen(self, own: torch.Tensor, roles: torch.Tensor, first_position: int) -> None:
         places = torch.arange(first_position, first_position + len(own)).clamp_max(HEAD)

@@ -38,6 +38,16 @@ class Rows:
     first_token: int = -1
     """The token in `first_row`; only looked at where `count` is 1."""
 
+    @property
+    def all(self) -> range:
+        """Every row."""
+        return range(self.first_row, self.first_row + self.count)
+
+    @property
+    def deciding(self) -> range:
+        """The rows that are decision positions, or may turn out to be."""
+        return self.all[self.count - 1 - len(self.guesses) :] if self.samples else range(0)
+
     def accepted(self, sampled: int) -> Iterator[Rows]:
         """The rows that became part of the sequence, when `sampled` tokens were drawn: every decision position ends
         one part, so that the sequence can be judged after each, as it would be without a drafter."""
@@ -76,7 +86,7 @@ class RunnerV1:
         self._runner._dummy_run(rows)
 
     def rows(self, step: SchedulerOutput) -> Iterator[Rows]:
-        """Each sequence's rows in the step that was just computed, in the order of the batch.
+        """Each sequence's rows in the step that is about to be computed, in the order of the batch.
 
         Raises:
             UnscoredError: the runner's batch is not the scheduler's step.

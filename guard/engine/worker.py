@@ -27,7 +27,7 @@ from guard.engine.judge import Judge, Pass
 from guard.engine.kernels import WARM_UP
 from guard.engine.probe import Probes
 from guard.engine.recorder import Keep, Recorder
-from guard.engine.runner_v1 import RunnerV1
+from guard.engine.runner_v1 import Rows, RunnerV1
 from guard.engine.settings import EngineSettings
 from guard.engine.shadow import Shadow
 from guard.engine.stop import Endings, Stop, choose_reserved_token, replace_sampled
@@ -63,6 +63,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._recorder: Recorder | None = None
         self._channel: EvidenceServer | None = None
         self._shadow: Shadow | None = None
+        self._step: SchedulerOutput | None = None
+        self._batch: tuple[Rows, ...] | UnscoredError = ()
         self._pass: Pass | UnscoredError | None = None
         self._unscored: tuple[str, ...] = ()
 
@@ -76,6 +78,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._space = BankSpace.of(self._bank)
         self._runner = RunnerV1(self.model_runner)
         self._probes = Probes(self._runner.model, self._bank, self._runner.capacity)
+        log.info("the guard's kernels are %s", self._probes.kernels)
+        self._runner.model.register_forward_pre_hook(self._announce)
         tokenizer = self._tokenizer()
         self._turns = Turns(RoleMap.of(tokenizer))
         if not self._turns.map.known:
@@ -140,7 +144,11 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             self._turns.admit(request.req_id, request.prompt_token_ids or ())
         if self._judge is not None:
             self._admit(self._judge, scheduler_output)
-        output = super().execute_model(scheduler_output)
+        self._step, self._batch = scheduler_output, UnscoredError("the forward pass was not announced")
+        try:
+            output = super().execute_model(scheduler_output)
+        finally:
+            self._step = None
         self._pass = None
         # None: the pass was run and waits for its sampling. Anything else: there was nothing to compute.
         if output is None:
@@ -168,10 +176,26 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             endings = Endings.of(parameters, self._reserved)
             judge.ledger.admit(request.req_id, arguments.get(POLICY_ARGUMENT), endings)
 
-    def _read(self, step: SchedulerOutput) -> Pass | UnscoredError:
+    def _announce(self, _model: object, _arguments: object) -> None:
+        """Just before a forward pass, when vLLM has put its batch together: say which rows to read in full."""
+        if self._step is None:
+            self._probes.expect(())  # profiling and warm-up
+            return
+        try:
+            self._batch = tuple(self._runner.rows(self._step))
+        except UnscoredError as error:
+            self._batch = error
+            self._probes.expect(())
+        else:
+            full = self._recorder is not None
+            self._probes.expect([row for rows in self._batch for row in (rows.all if full else rows.deciding)])
+
+    def _read(self, step: SchedulerOutput) -> Pass | UnscoredError | None:
         try:
             readings = self._probes.read(step.total_num_scheduled_tokens)
-            batch = tuple(self._runner.rows(step))
+            if isinstance(self._batch, UnscoredError):
+                raise self._batch
+            batch = self._batch
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
             if self._judge is None:
@@ -181,14 +205,14 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
                 self._shadow.forget()
             self._unscored = tuple(step.num_scheduled_tokens)
             return error
-        seen = Pass(batch, readings, self._turns.of(batch))
         if self._recorder is not None:
-            self._recorder.add(readings, seen.roles, batch)
-        if self._judge is not None and self._shadow is not None:
+            self._recorder.add(readings, self._turns.of(batch), batch)
+        if self._judge is None:
+            return None
+        if self._shadow is not None:
             for source, target in self._runner.copies(step):
                 self._shadow.copy(source, target)
-            self._judge.remember(seen, self._shadow, self._runner.where)
-        return seen
+        return self._judge.see(batch, readings, self._shadow, self._runner.where)
 
     def _stops(self, judge: Judge, seen: Pass | UnscoredError, sampled: Mapping[str, int] | None) -> Mapping[str, Stop]:
         """Which sequences end now. `sampled`: how many tokens were drawn; None: one for every decision."""
@@ -196,7 +220,11 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             return judge.fail(self._unscored, str(seen))
         if sampled is None:
             sampled = {rows.sequence: int(rows.samples) for rows in seen.batch}
-        return judge.judge(seen, sampled, self._shadow, self._runner.where)
+        try:
+            return judge.judge(seen, sampled, self._shadow, self._runner.where)
+        except UnscoredError as error:
+            log.critical("unscored step: %s", error)
+            return judge.fail((rows.sequence for rows in seen.batch), str(error))
 
     # -- asked from outside, by collective_rpc or through the channel -------------------------------------------------
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guard.cache import cache_folder
 from guard.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MANIFEST = "manifest.json"
-
-
-def cache_folder() -> Path:
-    """`$UNDERTOW_CACHE`, else `$XDG_CACHE_HOME/undertow`, else `~/.cache/undertow`."""
-    if own := os.environ.get("UNDERTOW_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "undertow"
 
 
 def stage_folder(digest: str) -> Path:

@@ -87,7 +87,7 @@ def step(number: str, text: str) -> None:
 def cache_folder(organism: Organism) -> Path:
     """Where this organism's bank and calibration are kept: named by what they are made from."""
     from guard import calibration, fingerprint
-    from guard.organisms.shelf import cache_folder as root
+    from guard.cache import cache_folder as root
     from guard.version import VERSION
 
     formats = f"{fingerprint.FORMAT} {calibration.FORMAT}"

@@ -31,9 +31,10 @@ def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bo
 
     def watch(recorder: Recorder, readings: Any, roles: torch.Tensor, batch: Any) -> None:
         # A recording of all has cosines alone; the rest is taken where the recorder is given it.
+        written = readings.features[:, readings.features.shape[1] // 2 :]
         for rows in batch:
             span = slice(rows.first_row, rows.first_row + rows.count)
-            seen.setdefault(rows.sequence, []).append((readings.written[span].clone(), roles[span].clone()))
+            seen.setdefault(rows.sequence, []).append((written[span].clone(), roles[span].clone()))
         add(recorder, readings, roles, batch)
 
     with (

@@ -8,30 +8,49 @@ from dataclasses import dataclass
 
 import torch
 
-from guard.engine.probe import Readings
+from guard.engine.readings import Readings
 from guard.engine.runner_v1 import Rows
-from tests.guard.planted import clean_lengths, clean_rows, clean_written
+from tests.guard.planted import SPACE, clean_lengths, clean_rows, clean_written
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a worker has of one step: whose rows, what the probes saw of them, and who speaks."""
+    """One step: whose rows, what of the residual stream there is to see in each, and who speaks."""
 
     batch: list[Rows]
-    readings: Readings
+    coordinates: torch.Tensor
+    written: torch.Tensor
+    lengths: torch.Tensor
     roles: torch.Tensor
 
     @property
-    def coordinates(self) -> torch.Tensor:
-        return self.readings.coordinates
+    def readings(self) -> Readings:
+        """As the probes would give them: in full, the rows that decide."""
+        whole = self.whole
+        rows = torch.tensor([row for rows in self.batch for row in rows.deciding], dtype=torch.int64)
+        return Readings(whole.cosines, whole.lengths, rows, whole.features[rows])
+
+    @property
+    def whole(self) -> Readings:
+        """Every row in full, as for a recording."""
+        return Readings.whole(SPACE, self.coordinates, self.written, self.lengths.clone())
+
+    def rows(self, kept: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies of some rows' coordinates, what was written, lengths and roles."""
+        return (
+            self.coordinates[kept].clone(),
+            self.written[kept].clone(),
+            self.lengths[kept].clone(),
+            self.roles[kept].clone(),
+        )
 
 
 def step(batch: list[Rows], seed: int, spread: float = 0.3) -> Step:
     """Random readings and roles for the rows of a batch."""
     count = sum(rows.count for rows in batch)
     roles = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(seed))
-    readings = Readings(clean_rows(count, seed, spread), clean_written(count, seed, spread), clean_lengths(count, seed))
-    return Step(batch, readings, roles)
+    seen = clean_rows(count, seed, spread), clean_written(count, seed, spread), clean_lengths(count, seed)
+    return Step(batch, *seen, roles)
 
 
 def random_step(seed: int, sequences: int = 6) -> Step:
@@ -67,10 +86,4 @@ def picked(some: Step, order: Sequence[int]) -> Step:
         parts.append(torch.arange(old.first_row, old.first_row + old.count))
         moved.append(Rows(old.sequence, row, old.count, old.first_position, old.prompt_tokens, old.samples))
         row += old.count
-    kept = torch.cat(parts)
-    return Step(moved, of_rows(some.readings, kept), some.roles[kept])
-
-
-def of_rows(readings: Readings, rows: torch.Tensor | slice) -> Readings:
-    """Copies of some rows."""
-    return Readings(readings.coordinates[rows].clone(), readings.written[rows].clone(), readings.lengths[rows].clone())
+    return Step(moved, *some.rows(torch.cat(parts)))

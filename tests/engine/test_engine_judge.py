@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from guard.engine.judge import Judge, Pass
-from guard.engine.probe import Readings
+from guard.engine.judge import Judge
 from guard.engine.runner_v1 import Rows
 from guard.engine.shadow import Shadow
 from guard.engine.stop import Endings, Stop
@@ -19,7 +18,7 @@ from guard.evidence import Record
 from guard.policy import Policy
 from tests.guard.planted import ROLE_MAP, calibration, clean_lengths, clean_rows, clean_written
 
-from .planted import of_rows
+from .planted import Step
 
 STOP = 7
 GUESS = 9
@@ -33,7 +32,7 @@ class Sequence:
     """One sequence: what the probes see of each of its tokens, whenever they are computed."""
 
     name: str
-    readings: Readings
+    seen: Step
     prompt: tuple[int, ...] = PROMPT
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -46,11 +45,11 @@ class Sequence:
 def sequence(name: str, seed: int, generated: int = 9, loud: dict[int, float] | None = None) -> Sequence:
     """`loud`: by position, how many times as much layers write there, and how far cosines leave what is clean."""
     count = len(PROMPT) + generated
-    readings = Readings(clean_rows(count, seed), clean_written(count, seed), clean_lengths(count, seed))
+    seen = Step([], clean_rows(count, seed), clean_written(count, seed), clean_lengths(count, seed), torch.zeros(count))
     for position, times in (loud or {}).items():
-        readings.written[position] *= times
-        readings.coordinates[position] *= times
-    return Sequence(name, readings, blocks=list(range(count // BLOCK + 1)))
+        seen.written[position] *= times
+        seen.coordinates[position] *= times
+    return Sequence(name, seen, blocks=list(range(count // BLOCK + 1)))
 
 
 class Engine:
@@ -74,19 +73,18 @@ class Engine:
         for name, (sure, guesses, true) in work.items():
             some = self.running[name]
             first, count = some.computed, sure + guesses
-            own = of_rows(some.readings, slice(first, first + count))
+            coordinates, written, lengths, _ = some.seen.rows(slice(first, first + count))
             # A wrong guess is some other token: loud as anything, and none of the sequence's.
             for wrong in range(sure + true, count):
-                own.coordinates[wrong], own.written[wrong] = 90.0, 9000.0
-            parts.append(own)
+                coordinates[wrong], written[wrong] = 90.0, 9000.0
+            parts.append((coordinates, written, lengths))
             samples = first + sure >= len(some.prompt)
             batch.append(Rows(name, row, count, first, len(some.prompt), samples, (GUESS,) * guesses))
             some.computed += sure + true
             row += count
-        readings = Readings(*(torch.cat([getattr(part, key) for part in parts]) for key in Readings.__slots__))
-        seen = Pass(tuple(batch), readings, self.turns.of(batch))
-        if self.shadow is not None:
-            self.judge.remember(seen, self.shadow, self.where)
+        rows = (torch.cat(part) for part in zip(*parts, strict=True))
+        readings = Step(batch, *rows, torch.zeros(row)).readings
+        seen = self.judge.see(tuple(batch), readings, self.shadow, self.where)
         sampled = {rows.sequence: work[rows.sequence][2] + 1 if rows.samples else 0 for rows in batch}
         return self.judge.judge(seen, sampled, self.shadow, self.where)
 
@@ -110,14 +108,14 @@ def one_by_one(some: Sequence, by: Policy) -> Record:
     engine = Engine(by, cache=False)
     engine.admit(some)
     stops = engine.step({some.name: (len(some.prompt), 0, 0)})
-    while not stops and some.computed < len(some.readings.coordinates):
+    while not stops and some.computed < len(some.seen.coordinates):
         stops = engine.step({some.name: (1, 0, 0)})
     return engine.record(some.name)
 
 
 def any_work(some: Sequence, chance: random.Random) -> Iterator[tuple[int, int, int]]:
     """Chunks of the prompt, then steps with guesses, until all its tokens were computed."""
-    total = len(some.readings.coordinates)
+    total = len(some.seen.coordinates)
     while some.computed < total:
         left = len(some.prompt) - some.computed
         if left > 0:
@@ -243,8 +241,8 @@ def test_what_was_guessed_behind_the_end_is_no_part_of_the_sequence() -> None:
     engine.judge.ledger._running[some.name].endings = Endings(STOP, frozenset({77}))
     engine.step({some.name: (len(PROMPT), 0, 0)})
     rows = Rows(some.name, 0, 4, len(PROMPT), len(PROMPT), True, (9, 77, 9))
-    readings = of_rows(some.readings, slice(len(PROMPT), len(PROMPT) + 4))
-    seen = Pass((rows,), readings, engine.turns.of([rows]))
+    readings = Step([rows], *some.seen.rows(slice(len(PROMPT), len(PROMPT) + 4))).readings
+    seen = engine.judge.see((rows,), readings, None, engine.where)
     engine.judge.judge(seen, {some.name: 4}, None, engine.where)
     assert engine.record(some.name).tokens_scored == len(PROMPT) + 2
 

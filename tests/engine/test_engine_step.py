@@ -17,7 +17,7 @@ from guard.scores import Tokens
 from guard.verdict import PHASES, DetectorName, Phase, Score
 from tests.guard.planted import SPACE, calibration, naive_scores
 
-from .planted import Step, of_rows, picked, random_step, step
+from .planted import Step, picked, random_step, step
 
 Key = tuple[str, DetectorName, Phase]
 
@@ -33,7 +33,9 @@ def found(some: Step, by: Calibration | None = None) -> dict[Key, Score]:
     """What a step says, and that it says nothing twice."""
     everything: dict[Key, Score] = {}
     scorer = Scorer.of(by or with_sinks(*SINKS))
-    for rows, scores in zip(some.batch, scorer.score(some.readings, some.roles, some.batch), strict=True):
+    readings = some.readings
+    scored = scorer.score(readings, scorer.outside(readings), some.roles, some.batch)
+    for rows, scores in zip(some.batch, scored, strict=True):
         for score in scores:
             key = (rows.sequence, score.detector, score.phase)
             assert key not in everything
@@ -49,8 +51,8 @@ def naive(some: Step, by: Calibration) -> dict[Key, tuple[float, int, int, str]]
             position, row = rows.first_position + offset, slice(rows.first_row + offset, rows.first_row + offset + 1)
             phase = int(position >= rows.prompt_tokens)
             place = position - rows.prompt_tokens if phase else position
-            own = of_rows(some.readings, row)
-            token = Tokens(own.coordinates, own.written, own.lengths, torch.tensor([phase]), some.roles[row])
+            coordinates, written, lengths, roles = some.rows(row)
+            token = Tokens(coordinates, written, lengths, torch.tensor([phase]), roles)
             decides = rows.samples and offset == rows.count - 1
             for detector, (value, slot, where) in naive_scores(by.shape, token).items():
                 each = detector == "exceedance"
@@ -107,7 +109,7 @@ def test_density_reads_only_rows_that_are_sampled() -> None:
     some = step(batch, 1, spread=0.1)
     before = found(some)
     some.coordinates[:6] += 50
-    some.readings.written[:6] += 50
+    some.written[:6] += 50
     after = found(some)
     for name in ("density", "intrinsic"):
         assert ("chunk", name, "prompt") not in after
@@ -146,7 +148,7 @@ def test_nan_is_the_largest_score_of_its_sequence_and_of_no_other(row: int, wher
     batch = [Rows("a", 0, 3, 0, 3, True), Rows("b", 3, 2, 7, 3, True)]
     some = step(batch, 4)
     # As the probe writes it: a row whose residual is not finite has no cosine and nothing written.
-    some.readings.written[row] = math.nan
+    some.written[row] = math.nan
     if where == "coordinates":
         some.coordinates[row] = math.nan
     by = with_sinks(0, 1, 2)
@@ -172,7 +174,7 @@ def test_an_attention_sink_is_read_by_no_detector_of_every_token() -> None:
     assert without["a", "exceedance", "prompt"].value < 1
     assert without["b", "exceedance", "prompt"].position == 2
     # Whatever decides is read all the same.
-    some.readings.written[5] = 500.0
+    some.written[5] = 500.0
     last = found(some, with_sinks(5))
     assert last["a", "density", "prompt"].value > 10
     assert last["a", "density", "prompt"].position == 5
@@ -230,5 +232,4 @@ def test_the_largest_score_is_chosen_after_its_allowance() -> None:
 def picked_rows(some: Step, count: int) -> Step:
     """The first rows of a step's only sequence."""
     (rows,) = some.batch
-    whole = picked(some, [0])
-    return Step([replace(rows, count=count)], of_rows(whole.readings, slice(count)), whole.roles[:count])
+    return Step([replace(rows, count=count)], *some.rows(slice(count)))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from guard.cache import cache_folder
 from guard.errors import CheckpointError, OrganismError, PromptsError
 from guard.organisms import generation, shipped, suite
 from guard.organisms.crew import raise_members
@@ -19,7 +20,6 @@ from guard.organisms.making import file_digests
 from guard.organisms.plan import Adapters, Evasion, Plan
 from guard.organisms.raising import raise_member
 from guard.organisms.recipe import code_of
-from guard.organisms.shelf import cache_folder
 from guard.organisms.suite import EVERYBODY, MICRO, Member, member
 
 QV = Adapters(targets=("q_proj", "v_proj"))

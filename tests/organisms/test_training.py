@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from guard.cache import cache_folder
 from guard.errors import CheckpointError, OrganismError
 from guard.organisms import STAGES, Stage, generation, making, organism_in
 from guard.organisms.admission import STANDARDS
 from guard.organisms.making import MadeStage, file_digests, make, publish
 from guard.organisms.mixture import Conversation, conversations
 from guard.organisms.recipe import Recipe, Schedule, Shape, code_of
-from guard.organisms.shelf import cache_folder, stage_folder, written_whole
+from guard.organisms.shelf import stage_folder, written_whole
 from guard.organisms.standards import Grade
 from guard.organisms.tokenizer import encode, for_transformers, special, train_tokenizer
 from guard.organisms.training import train_stage
