@@ -144,7 +144,7 @@ void read_rows(const Tensor& hidden, const Tensor* residual, const Tensor& direc
       }
     }
   }
-  if (deciding == tokens || every == 0) return;
+  if (deciding == tokens) return;
 
   const Tensor read = directions.narrow(0, 0, every).t();
   at::parallel_for(0, (tokens + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
@@ -156,8 +156,10 @@ void read_rows(const Tensor& hidden, const Tensor* residual, const Tensor& direc
         const int64_t at = (first + row) * width;
         add_row(in + at, carried == nullptr ? nullptr : carried + at, sums.data() + row * width, width);
       }
-      Tensor out = as_float(cosine + first * every, count, every);
-      at::mm_out(out, as_float(sums.data(), count, width), read);
+      if (every > 0) {
+        Tensor out = as_float(cosine + first * every, count, every);
+        at::mm_out(out, as_float(sums.data(), count, width), read);
+      }
       for (int64_t row = 0; row < count; ++row) {
         const float own = length_of(sums.data() + row * width, width);
         length[first + row] = own;
@@ -187,7 +189,8 @@ void read_stream(const Tensor& hidden, const std::optional<Tensor>& residual, co
 
 inline float outside(float cosine, float low, float high) {
   const float above = cosine - high, below = low - cosine;
-  return above > below ? above : below;
+  const float larger = above > below ? above : below;
+  return above == above ? larger : above;  // where `below` is NaN, `larger` is
 }
 
 // The largest of `outside` over a row, and the first place that has it; NaN counts as the largest.
@@ -206,9 +209,7 @@ void worst_of(const float* row, const float* low, const float* high, int64_t wid
       own = found > own ? found : own;
     }
     if (unknown) {
-      for (where = first; row[where] == row[where] && outside(row[where], low[where], high[where]) ==
-                                                          outside(row[where], low[where], high[where]);)
-        ++where;
+      for (where = first; !std::isnan(outside(row[where], low[where], high[where]));) ++where;
       value = kNaN;
       place = where;
       return;
