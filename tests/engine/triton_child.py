@@ -27,21 +27,27 @@ def begin(*, interpret: bool) -> None:
 
 
 def read(name: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What an implementation of the op makes of these inputs: `hidden`, `residual`, `directions`, and a `capacity`
-    that may be larger than the rows. Buffers begin as sevens, the count as zero."""
+    """What an implementation of the op makes of these inputs: `hidden`, `residual`, `directions`, how many of these
+    are read at `every` token, `decisions`, and a `capacity` that may be larger than the rows. Buffers begin as sevens,
+    the count as zero."""
     from guard.engine.kernels import gpu, reference
 
     op = {"triton": gpu.read, "reference": reference.read}[name]
     directions, capacity = arguments["directions"], arguments["capacity"]
+    rows = arguments["decisions"]
+    decisions = torch.zeros(capacity + 1, dtype=torch.int64)
+    decisions[: len(rows) + 1] = torch.tensor([len(rows), *rows])
     found = {
-        "projections": torch.full((capacity, len(directions)), 7.0),
-        "lengths": torch.full((capacity,), 7.0),
+        "previous": torch.full((capacity, directions.shape[1]), 7.0),
+        "cosines": torch.full((capacity, arguments["every"]), 7.0),
+        "full": torch.full((2, capacity, len(directions)), 7.0),
+        "lengths": torch.full((capacity, 1), 7.0),
         "count": torch.zeros(2, dtype=torch.int64),
     }
     with warnings.catch_warnings():
         # numpy, which the interpreter computes with, warns of the infinities that are in some rows on purpose.
         warnings.simplefilter("ignore", RuntimeWarning)
-        op(arguments["hidden"], arguments["residual"], directions, **found)
+        op(arguments["hidden"], arguments["residual"], directions, decisions, **found)
     return found
 
 
@@ -55,27 +61,46 @@ def shape(tokens: int) -> tuple[object, ...]:
 def compiled(architecture: int, shape: str, element: str) -> str:
     """The PTX of the kernel for NVIDIA's `sm_` of this number, with 4096 wide rows of this element type; ptxas made a
     binary of it."""
+    from guard.engine.kernels import gpu
+
+    chosen = {"decode": gpu.DECODE, "prefill": gpu.PREFILL}[shape]
+    pointers = {"directions_ptr": "*fp32", "cosines_ptr": "*fp32", "lengths_ptr": "*fp32", "count_ptr": "*i64"}
+    numbers = ("tokens", "directions", "hidden_stride", "residual_stride")
+    constants = gpu.constants(chosen, width=4096, has_residual=True)
+    return _ptx(gpu.read_kernel, architecture, element, pointers, numbers, constants, chosen.warps)
+
+
+def compiled_for_decisions(architecture: int, kernel: str, element: str) -> str:
+    """The same of `decide_kernel` or `carry_kernel`."""
+    from guard.engine.kernels import gpu
+
+    pointers = {"decisions_ptr": "*i64", "previous_ptr": "*fp32"}
+    numbers: tuple[str, ...] = ("tokens", "hidden_stride", "residual_stride")
+    constants: dict[str, Any] = {"width": 4096, "has_residual": True, "block_width": gpu.DECIDE_WIDTH}
+    if kernel == "carry":
+        return _ptx(gpu.carry_kernel, architecture, element, pointers, numbers, constants)
+    pointers |= {"directions_ptr": "*fp32", "full_ptr": "*fp32", "lengths_ptr": "*fp32"}
+    numbers = (*numbers, "directions", "capacity")
+    constants["block_directions"] = gpu.DECIDE_DIRECTIONS
+    return _ptx(gpu.decide_kernel, architecture, element, pointers, numbers, constants)
+
+
+def _ptx(
+    kernel: Any,
+    architecture: int,
+    element: str,
+    pointers: dict[str, str],
+    numbers: tuple[str, ...],
+    constants: dict[str, Any],
+    warps: int = 4,
+) -> str:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from guard.engine.kernels import gpu
-
-    chosen = {"decode": gpu.DECODE, "prefill": gpu.PREFILL}[shape]
-    constants = gpu.constants(chosen, width=4096, has_residual=True)
-    pointers = {
-        "hidden_ptr": element,
-        "residual_ptr": element,
-        "directions_ptr": "*fp32",
-        "projections_ptr": "*fp32",
-        "lengths_ptr": "*fp32",
-        "count_ptr": "*i64",
-    }
-    numbers = dict.fromkeys(("tokens", "directions", "hidden_stride", "residual_stride"), "i32")
-    source = ASTSource(
-        gpu.read_kernel, {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": chosen.warps})
+    signature = {"hidden_ptr": element, "residual_ptr": element, **pointers, **dict.fromkeys(numbers, "i32")}
+    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
     assert made.asm["cubin"]
     ptx: str = made.asm["ptx"]
     return ptx

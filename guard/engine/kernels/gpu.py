@@ -140,7 +140,7 @@ def decide_kernel(
             block = tl.load(hidden_ptr + row * hidden_stride + columns, mask=here, other=0.0).to(tl.float32)
             if has_residual:
                 block += tl.load(residual_ptr + row * residual_stride + columns, mask=here, other=0.0).to(tl.float32)
-            change = block - tl.load(previous_ptr + at.to(tl.int64) * width + columns, mask=whole, other=0.0)
+            change = block - tl.load(previous_ptr + tl.cast(at, tl.int64) * width + columns, mask=whole, other=0.0)
             units = tl.load(
                 directions_ptr + places[:, None] * width + columns[None, :],
                 mask=known[:, None] & whole[None, :],
@@ -150,9 +150,9 @@ def decide_kernel(
             wrote += tl.sum(change[None, :] * units, axis=1)
         # NaN where the length is, and where the row does not exist: such a decision cannot be scored.
         length = tl.load(lengths_ptr + row, mask=there, other=float("nan"))
-        out = at.to(tl.int64) * directions + places
+        out = tl.cast(at, tl.int64) * directions + places
         tl.store(full_ptr + out, stands * (length / length), mask=known)
-        tl.store(full_ptr + capacity.to(tl.int64) * directions + out, wrote * (length / length), mask=known)
+        tl.store(full_ptr + tl.cast(capacity, tl.int64) * directions + out, wrote * (length / length), mask=known)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -175,7 +175,7 @@ def carry_kernel(
         block = tl.load(hidden_ptr + row * hidden_stride + columns, mask=here, other=0.0).to(tl.float32)
         if has_residual:
             block += tl.load(residual_ptr + row * residual_stride + columns, mask=here, other=0.0).to(tl.float32)
-        tl.store(previous_ptr + at.to(tl.int64) * width + columns, block, mask=columns < width)
+        tl.store(previous_ptr + tl.cast(at, tl.int64) * width + columns, block, mask=columns < width)
 
 
 def constants(shape: Shape, *, width: int, has_residual: bool) -> dict[str, int | bool | float]:

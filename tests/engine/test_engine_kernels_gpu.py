@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from guard.engine.kernels import FEW, WARM_UP
+from guard.scores import SHORTEST
 from tests.engine import triton_child as child
 
 Found = dict[str, torch.Tensor]
@@ -52,6 +53,8 @@ def inputs(
         "hidden": rows[0],
         "residual": rows[1] if residual else None,
         "directions": units,
+        "every": directions // 2,
+        "decisions": [row for row in range(tokens) if row % 3 == 2 or row == tokens - 1],
         "capacity": tokens if capacity is None else capacity,
     }
 
@@ -61,7 +64,7 @@ def both(run: Callable[..., Any], given: dict[str, Any]) -> tuple[Found, Found]:
 
 
 def assert_same(found: Found, expected: Found) -> None:
-    for name in ("projections", "lengths"):
+    for name in ("cosines", "full", "previous", "lengths"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, equal_nan=True)
     assert found["count"].tolist() == expected["count"].tolist()
 
@@ -102,16 +105,18 @@ def test_sums_are_made_in_float32_whatever_the_model_computes_in(
     given = inputs(tokens, dtype=dtype, residual=residual)
     found, expected = both(interpreter, given)
     assert_same(found, expected)
-    rows = given["hidden"].double() + (given["residual"].double() if residual else 0)
-    torch.testing.assert_close(found["projections"].double(), rows @ given["directions"].double().T, rtol=0, atol=1e-5)
+    rows = (given["hidden"].double() + (given["residual"].double() if residual else 0))[given["decisions"]]
+    standing = found["full"][0, : len(rows)].double()
+    torch.testing.assert_close(standing, rows @ given["directions"].double().T, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_rows_behind_the_tokens_are_left_alone(interpreter: Callable[..., Any], tokens: int) -> None:
     found, expected = both(interpreter, inputs(tokens, capacity=tokens + 40))
     assert_same(found, expected)
-    assert (found["projections"][tokens:] == 7).all()
+    assert (found["cosines"][tokens:] == 7).all()
     assert (found["lengths"][tokens:] == 7).all()
+    assert (found["full"][:, len(inputs(tokens)["decisions"]) :] == 7).all()
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
@@ -131,7 +136,7 @@ def test_rows_that_are_a_view_into_something_larger_are_read_where_they_are(
 @pytest.mark.parametrize("tokens", [3, 20])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", ["hidden", "residual"])
-def test_a_row_that_is_not_finite_has_no_finite_length_and_spoils_no_other(
+def test_a_row_that_is_not_finite_is_nan_and_spoils_no_other(
     interpreter: Callable[..., Any], tokens: int, value: float, side: str
 ) -> None:
     clean = inputs(tokens, directions=17)
@@ -139,20 +144,40 @@ def test_a_row_that_is_not_finite_has_no_finite_length_and_spoils_no_other(
     given[side][1, 65] = value
     found, expected = both(interpreter, given)
     assert_same(found, expected)
-    assert not found["lengths"][1].isfinite()
-    assert not found["projections"][1].isfinite().any()
+    assert found["lengths"][1].isnan()
+    assert found["cosines"][1].isnan().all()
     untouched = [row for row in range(tokens) if row != 1]
     alone = interpreter(child.read, "triton", clean)
-    assert torch.equal(found["projections"][untouched], alone["projections"][untouched])
+    assert torch.equal(found["cosines"][untouched], alone["cosines"][untouched])
     assert torch.equal(found["lengths"][untouched], alone["lengths"][untouched])
+    assert torch.equal(found["full"], alone["full"])
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
-def test_a_length_that_float32_cannot_hold_comes_out_as_infinite(interpreter: Callable[..., Any], tokens: int) -> None:
+@pytest.mark.parametrize("value", [1e20, 0.0, SHORTEST / 100, float("nan")])
+def test_a_decision_whose_length_float32_cannot_hold_is_nan(
+    interpreter: Callable[..., Any], tokens: int, value: float
+) -> None:
     given = inputs(tokens)
-    given["hidden"][0] = 1e20
-    found = interpreter(child.read, "triton", given)
-    assert found["lengths"][0].isinf()
+    given["hidden"][-1], given["residual"][-1] = value, 0.0
+    found, expected = both(interpreter, given)
+    assert_same(found, expected)
+    assert found["lengths"][tokens - 1].isnan()
+    last = len(given["decisions"]) - 1
+    assert found["full"][:, last].isnan().all()
+    assert not found["full"][:, :last].isnan().any()
+
+
+@pytest.mark.parametrize("decisions", [[], [0], list(range(200))])
+def test_any_number_of_rows_decides(interpreter: Callable[..., Any], decisions: list[int]) -> None:
+    """More than programs share them, too."""
+    assert_same(*both(interpreter, {**inputs(200), "decisions": decisions}))
+
+
+def test_a_decision_that_is_no_row_is_nan(interpreter: Callable[..., Any]) -> None:
+    found = interpreter(child.read, "triton", {**inputs(5, capacity=8), "decisions": [0, 5, -1]})
+    assert not found["full"][:, 0].isnan().any()
+    assert found["full"][:, 1:3].isnan().all()
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -169,3 +194,8 @@ def test_the_kernel_compiles_for_gpus_without_rounding_to_tf32(
                 assert "mma" not in ptx
                 # Once for the runs, once for the rows.
                 assert ptx.count("atom.") == 2
+        for element in ("*bf16", "*fp16", "*fp32"):
+            for kernel in ("decide", "carry"):
+                ptx = run(child.compiled_for_decisions, architecture, kernel, element)
+                assert f".target sm_{architecture}" in ptx
+                assert "mma" not in ptx
