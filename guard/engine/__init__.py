@@ -4,9 +4,10 @@ worker.py      GuardWorker (`--worker-cls`): wires what follows into one vLLM wo
 settings.py    what `--additional-config` says
 support.py     which vLLM, and which of its features, can be scored
 probe.py       the op that reads the residual stream of one layer, and its hooks
-kernels/       what that op does: in plain torch, and as a Triton kernel for GPUs
+kernels/       what that op and those after it do: in plain torch, in C++ for a CPU, in Triton for GPUs
+readings.py    what the probes saw in one forward pass
 runner_v1.py   the private attributes of vLLM's V1 model runner, in one file
-step.py        a batch's coordinates to each sequence's largest scores
+step.py        a step's readings to each sequence's largest scores
 ledger.py      per request: scores so far, verdicts, decision
 stop.py        ends a blocked request in the step that judged it
 recorder.py    what calibration and tests read: coordinates in bank space, never activations
