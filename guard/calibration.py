@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from guard.atomic import write_atomically
 from guard.conformal import JointRanks
@@ -151,9 +151,11 @@ class Calibration:
             CalibrationError: names the file, what was found and what was expected.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})[METADATA_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            # Read whole, and never mapped: a file that is overwritten in place must not change what guards.
+            content = path.read_bytes()
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            metadata = json.loads(header["__metadata__"][METADATA_KEY])
         except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}: not a calibration file ({type(error).__name__}: {error})") from error
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:

@@ -42,8 +42,13 @@ class ScoreEvidence(_Wire):
     threshold: float
     p_value: float
     position: int
+    """Of the largest score."""
+    first: int | None = None
+    """Position of the first token of the phase above the threshold; None where none is."""
     layer: int
     direction: str | None = None
+    generation: Annotated[int, Field(ge=1)] = 1
+    """Which of the engine's guards gave the score."""
 
 
 class Record(_Wire):
@@ -62,7 +67,11 @@ class Record(_Wire):
     """The phase that decided; None for `allow` and for what could not be scored."""
     detector: DetectorName | None = None
     unscorable: str | None = None
+    generation: Annotated[int, Field(ge=1)] = 1
+    """Which of the engine's guards scored the last token: 1 at its start, one more with every change. Where one was
+    replaced meanwhile, each token is judged by the one that was in force when it was computed."""
     scores: tuple[ScoreEvidence, ...] = ()
+    """Of each detector and phase the gravest, over all guards that scored it."""
 
 
 class Evidence(_Wire):
@@ -70,7 +79,9 @@ class Evidence(_Wire):
 
     version: Literal[1] = EVIDENCE_VERSION
     fingerprint: str
-    """Of the bank."""
+    """Of the bank that guards now."""
+    calibration: str
+    """`Calibration.digest` of the one that guards now."""
     records: tuple[Record, ...]
 
     def to_json(self) -> str:
@@ -110,6 +121,8 @@ class WorkerStatus(_Wire):
     fingerprint: str
     calibration: str
     """Digest of the calibration file's content."""
+    generation: Annotated[int, Field(ge=1)]
+    """Which guard it is: 1 at the engine's start, one more with every change."""
     layers: tuple[int, ...]
     """Watched decoder layers whose op was seen to run."""
     reserved_token_id: int
@@ -123,7 +136,10 @@ class WorkerStatus(_Wire):
     """In the forward pass."""
     tokens_recalled: int
     """Whose KV, and with it whose score, came from the prefix cache."""
+    tokens_missed: int
+    """That entered the model, or came from the prefix cache, and have no score: their requests are unscorable."""
     unscorable: int
+    """Sequences."""
 
 
 class Status(_Wire):

@@ -35,6 +35,9 @@ class Score:
     """Index of the decoder layer, from 0, that contributed most."""
     direction: str | None
     """Name of the direction that contributed most, such as `L3.o_proj.u0`; None where no single one did."""
+    first: int | None = None
+    """Position of the first token of the same pass whose score lies above the sequence's threshold; None where none
+    does, or where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)

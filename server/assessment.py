@@ -8,7 +8,7 @@ Evidence is authoritative: a record that says `block` blocks its choice, whateve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,10 +44,19 @@ class Usage:
 class Assessor:
     """Reads the evidence of one request. Holds the last evidence that could be read, for metrics and the log."""
 
-    def __init__(self, call: Call, policy: Policy, handshake: Handshake | None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        policy: Policy,
+        handshake: Handshake | None,
+        knows: Callable[[Evidence], bool] = lambda _: False,
+    ) -> None:
+        """`knows`: whether evidence is of a guard that was agreed on, though another than the handshake's: what guards
+        can be changed while a request runs."""
         self._call = call
         self._policy = policy
         self._handshake = handshake
+        self._knows = knows
         # Only a number: `n` is the client's word until the engine has accepted it.
         self._sequences = call.prompts * call.n
         self.evidence: Evidence | None = None
@@ -55,6 +64,8 @@ class Assessor:
         """Blocked sequences by the index of their choice. What is blocked for want of a score is a failure instead."""
         self.proven: set[int] = set()
         """Choices whose whole prompt has a score, or which are blocked."""
+        self.coverage: Coverage | None = None
+        """Of a complete answer; None before, and where nothing of it is released."""
         self.failure: GuardFailure | None = None
         """The first thing that went wrong. In `monitor` and `off` the answer passes all the same."""
 
@@ -129,11 +140,11 @@ class Assessor:
             evidence = Evidence.from_json(text)
         except EvidenceError as error:
             return GuardFailure("evidence_invalid", str(error))
-        if evidence.fingerprint != self._handshake.fingerprint:
-            return GuardFailure(
-                "fingerprint",
-                f"evidence is of bank {evidence.fingerprint}, the handshake of {self._handshake.fingerprint}",
-            )
+        told, agreed = (
+            f"bank {each.fingerprint} with calibration {each.calibration}" for each in (evidence, self._handshake)
+        )
+        if told != agreed and not self._knows(evidence):
+            return GuardFailure("fingerprint", f"evidence is of {told}, the handshake of {agreed}")
         self.evidence = evidence
         self.blocked = {
             self._call.index(record.prompt_index, record.choice_index): record
@@ -175,7 +186,7 @@ class Assessor:
             return GuardFailure("response_invalid", "the answer has no usage to hold the evidence against")
         # The last token of each sequence never enters the model, so it has no score.
         needed = self._call.n * usage.prompt_tokens + usage.completion_tokens - self._sequences
-        coverage = Coverage(needed, sum(record.tokens_scored for record in self.records))
+        coverage = self.coverage = Coverage(needed, sum(record.tokens_scored for record in self.records))
         if not coverage.complete:
             return GuardFailure("coverage", f"{coverage.scored} of {coverage.needed} tokens have a score")
         return None

@@ -23,6 +23,7 @@ COMMANDS = (
     "server.commands.up",
     "server.commands.serve",
     "server.commands.status",
+    "server.commands.reload",
 )
 
 

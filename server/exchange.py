@@ -29,7 +29,7 @@ from server.reply import Reply
 from server.settings import Limits
 from server.sse import EventParser
 from server.stopwatch import Stopwatch
-from server.stream import StreamGuard
+from server.stream import StreamGuard, evidence_of
 from server.upstream import Answer, Upstream
 from server.whole import judge_answer, judge_error
 
@@ -90,7 +90,8 @@ class Exchange(Response):
     async def _serve(self, call: Call, reply: Reply) -> None:
         try:
             handshake = await self._handshake()
-            assessor = self._assessor = Assessor(call, self._gateway.policy, handshake)
+            keeper = self._gateway.keeper
+            assessor = self._assessor = Assessor(call, self._gateway.policy, handshake, keeper.knows)
             if handshake is None and assessor.enforcing:
                 assessor.opening(None)
                 await self._refuse(assessor, guard_unavailable(), reply)
@@ -128,7 +129,9 @@ class Exchange(Response):
             return None
 
     async def _answer_whole(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
-        released = judge_answer(call, assessor, answer.evidence, await answer.read())
+        content = await answer.read()
+        await self._catch_up(answer.evidence)
+        released = judge_answer(call, assessor, answer.evidence, content)
         if isinstance(released, ApiError):
             await self._refuse(assessor, released, reply)
             return
@@ -137,6 +140,7 @@ class Exchange(Response):
 
     async def _answer_error(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         content = await answer.read()
+        await self._catch_up(answer.evidence)
         released = judge_error(call, assessor, answer.evidence, content)
         if isinstance(released, ApiError):
             await self._refuse(assessor, released, reply)
@@ -151,7 +155,10 @@ class Exchange(Response):
         guard, parser = StreamGuard(call, assessor), EventParser()
         try:
             async for received in answer.chunks():
-                released = [part for event in parser.feed(received) for part in guard.feed(event)]
+                released: list[bytes] = []
+                for event in parser.feed(received):
+                    await self._catch_up(evidence_of(event))
+                    released += guard.feed(event)
                 if guard.refusal is not None:
                     await self._refuse(assessor, guard.refusal, reply)
                     return
@@ -174,6 +181,12 @@ class Exchange(Response):
         if self._outcome not in ("guard_failed", "upstream_error"):
             await _drain(answer)
         await reply.end()
+
+    async def _catch_up(self, evidence: bytes | None) -> None:
+        """Before evidence is judged: what guards may have been changed since the request began."""
+        if evidence is not None:
+            with self._stopwatch.waiting():
+                await self._gateway.keeper.catch_up(evidence)
 
     async def _refuse(self, assessor: Assessor, refusal: ApiError, reply: Reply) -> None:
         """Answer with an error instead of what the engine sent."""
@@ -236,6 +249,7 @@ class Exchange(Response):
                 metrics.failed(assessor.failure.kind, self._gateway.policy.mode)
                 passed = self._outcome == "unguarded"
                 report_failure(call, self._request_id, assessor.failure, self._gateway.policy.mode, passed)
+        coverage = assessor.coverage if assessor else None
         log(
             logging.INFO,
             "request",
@@ -245,6 +259,8 @@ class Exchange(Response):
             status=status,
             stream=call.stream if call else None,
             duration_s=round(self._stopwatch.total, 4),
+            tokens_needed=coverage.needed if coverage else None,
+            tokens_scored=coverage.scored if coverage else None,
         )
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
 
 from guard.errors import EngineError, EvidenceError
-from guard.evidence import STATUS_PATH, Status
+from guard.evidence import STATUS_PATH, Evidence, Status
 from guard.policy import Policy
 from server.errors import UpstreamError
 from server.logs import log
@@ -24,7 +25,10 @@ from server.upstream import Upstream
 _RETRY_S = 0.5
 """A failed handshake is tried again for a request after this long: a crowd of them must not storm the engine."""
 _WATCH_LOST_S = 1.0
-_WATCH_FOUND_S = 5.0
+_WATCH_FOUND_S = 1.0
+"""What guards can be changed while the engine runs; a status is a small call between two of its steps."""
+_REMEMBERED = 8
+"""Evidence is told after the fact, so that of a request that ran through a change may name what guarded before."""
 
 
 class HandshakeError(EngineError):
@@ -37,6 +41,7 @@ class Handshake:
 
     fingerprint: str
     calibration: str
+    generation: int
     reserved_token_id: int
     workers: int
 
@@ -47,6 +52,7 @@ def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> H
         raise HandshakeError("no worker of the engine has a guard")
     fingerprint = _same("fingerprint", (worker.fingerprint for worker in status.workers))
     calibration = _same("calibration", (worker.calibration for worker in status.workers))
+    generation = _same("generation", (str(worker.generation) for worker in status.workers))
     reserved = _same("reserved token id", (str(worker.reserved_token_id) for worker in status.workers))
     if expected_fingerprint is not None and fingerprint != expected_fingerprint:
         raise HandshakeError(
@@ -54,7 +60,7 @@ def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> H
         )
     if policy.mode != "off":
         _check_detectors(status, policy)
-    return Handshake(fingerprint, calibration, int(reserved), len(status.workers))
+    return Handshake(fingerprint, calibration, int(generation), int(reserved), len(status.workers))
 
 
 def _same(what: str, values: Iterable[str]) -> str:
@@ -101,6 +107,8 @@ class HandshakeKeeper:
         self._on_change = on_change
         self._lock = asyncio.Lock()
         self._tried = float("-inf")
+        self._asked = float("-inf")
+        self._agreed: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
         self._error: EngineError | UpstreamError = HandshakeError("no handshake with the engine yet")
         self.current: Handshake | None = None
         """The last handshake; None where it failed or was dropped."""
@@ -124,6 +132,26 @@ class HandshakeKeeper:
             raise self._error
         return self.current
 
+    def knows(self, evidence: Evidence) -> bool:
+        """Whether evidence is of a bank and a calibration that this server has agreed on with the engine."""
+        return (evidence.fingerprint, evidence.calibration) in self._agreed
+
+    async def catch_up(self, text: bytes | None) -> None:
+        """Renew the handshake where evidence names what it does not know: the guard may have just been changed."""
+        if text is None or self.current is None:
+            return  # where there is no handshake, `get` and `watch` are at it
+        if any(bank.encode() in text and calibration.encode() in text for bank, calibration in self._agreed):
+            return
+        try:
+            evidence = Evidence.from_json(text)
+        except EvidenceError:
+            return  # whoever judges it says so
+        began = monotonic()
+        async with self._lock:
+            # Of many requests at once the first asks; an answer to what was asked before tells nothing.
+            if not self.knows(evidence) and self._asked < began:
+                await self._refresh()
+
     def drop(self, reason: str) -> None:
         """Trust the handshake no longer: the engine went away or speaks of another bank."""
         if self.current is not None:
@@ -138,6 +166,7 @@ class HandshakeKeeper:
             await asyncio.sleep(_WATCH_FOUND_S if self.current else _WATCH_LOST_S)
 
     async def _refresh(self) -> None:
+        self._asked = monotonic()
         try:
             answer = await self._upstream.status()
             if answer.status_code != 200:
@@ -163,8 +192,13 @@ class HandshakeKeeper:
                 "handshake with the engine",
                 fingerprint=handshake.fingerprint,
                 calibration=handshake.calibration,
+                generation=handshake.generation,
                 workers=handshake.workers,
             )
+        if handshake is None:
+            self._agreed.clear()  # an engine that comes back is another one
+        elif (agreed := (handshake.fingerprint, handshake.calibration)) not in self._agreed:
+            self._agreed.append(agreed)
         changed = handshake != self.current
         self.current = handshake
         if error is not None:

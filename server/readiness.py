@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from time import monotonic
 from uuid import uuid4
 
@@ -26,20 +27,37 @@ class CanaryError(UndertowError):
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """A request that was made only to be scored."""
+
+    at: str
+    """When, in UTC, as ISO 8601."""
+    seconds: float
+    """How long it took."""
+    generation: int
+    """Of the guard that the handshake named."""
+    reason: str | None
+    """Why it was not scored; None where it was."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What is ready. Reasons are sentences for an operator, by the check that failed."""
 
     checks: dict[str, str | None]
+    canary: Canary | None = None
+    """The last one that was sent; None where none was yet."""
 
     @property
     def ready(self) -> bool:
         return not any(self.checks.values())
 
     def body(self) -> bytes:
-        """JSON: `{"ready": bool, "checks": {name: "ok"}, "reasons": {name: reason}}`."""
+        """JSON: `{"ready": bool, "checks": {name: "ok"}, "reasons": {name: reason}, "canary": {...} | null}`."""
         checks = {name: "failed" if reason else "ok" for name, reason in self.checks.items()}
         reasons = {name: reason for name, reason in self.checks.items() if reason}
-        return json.dumps({"ready": self.ready, "checks": checks, "reasons": reasons}).encode()
+        canary = asdict(self.canary) if self.canary else None
+        return json.dumps({"ready": self.ready, "checks": checks, "reasons": reasons, "canary": canary}).encode()
 
 
 class Readiness:
@@ -52,6 +70,7 @@ class Readiness:
         self._policy = policy if policy.mode == "off" else policy.model_copy(update={"mode": "monitor"})
         self._lock = asyncio.Lock()
         self._report = Report({})
+        self._last: Canary | None = None
         self._until = float("-inf")
 
     async def check(self) -> Report:
@@ -68,9 +87,10 @@ class Readiness:
         try:
             handshake = await self._keeper.refresh()
         except UpstreamError as error:
-            return Report({"upstream": error.detail, "guard": unknown, "canary": unknown})
+            return Report({"upstream": error.detail, "guard": unknown, "canary": unknown}, self._last)
         except EngineError as error:
-            return Report({**checks, "guard": str(error), "canary": unknown})
+            return Report({**checks, "guard": str(error), "canary": unknown}, self._last)
+        at, began = datetime.now(UTC).isoformat(timespec="milliseconds"), monotonic()
         try:
             async with asyncio.timeout(_CANARY_TIMEOUT_S):
                 await self._canary(handshake)
@@ -78,7 +98,8 @@ class Readiness:
             checks["canary"] = f"no answer within {_CANARY_TIMEOUT_S:g} s"
         except (CanaryError, UpstreamError) as error:
             checks["canary"] = str(error)
-        return Report(checks)
+        self._last = Canary(at, round(monotonic() - began, 4), handshake.generation, checks["canary"])
+        return Report(checks, self._last)
 
     async def _canary(self, handshake: Handshake) -> None:
         """One real token through the engine, with complete evidence. Raises CanaryError or UpstreamError."""
@@ -94,6 +115,7 @@ class Readiness:
             usage = Usage.read(json.loads(content).get("usage"))
         except (ValueError, AttributeError):
             usage = None
-        failure = Assessor(call, self._policy, handshake).final(answer.evidence, usage)
+        await self._keeper.catch_up(answer.evidence)
+        failure = Assessor(call, self._policy, handshake, self._keeper.knows).final(answer.evidence, usage)
         if failure is not None:
             raise CanaryError(f"{failure.kind}: {failure.detail}")

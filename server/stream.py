@@ -29,6 +29,12 @@ _DONE_EVENT = b"data: " + DONE + b"\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 
+def evidence_of(event: Event) -> bytes | None:
+    """The text of an evidence comment; None for any other event."""
+    comment = event.comment
+    return comment.removeprefix(_EVIDENCE) if comment is not None and comment.startswith(_EVIDENCE) else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Finish:
     """A choice's last chunk, waiting for the final evidence."""
@@ -70,7 +76,7 @@ class StreamGuard:
         if self.closed:
             return []
         if event.data is None:
-            return self._comment(event.comment or b"")
+            return self._comment(evidence_of(event))
         if event.data == DONE:
             self._open_unproven()
             return [] if self.closed else self._done(event.raw)
@@ -96,10 +102,9 @@ class StreamGuard:
         self._finishing.clear()
         return [error.sse(), _DONE_EVENT]
 
-    def _comment(self, comment: bytes) -> list[bytes]:
-        if not comment.startswith(_EVIDENCE):
+    def _comment(self, text: bytes | None) -> list[bytes]:
+        if text is None:
             return [_KEEP_ALIVE] if self.opened else []
-        text = comment.removeprefix(_EVIDENCE)
         if not self.opened:
             self._open(text)
             return []

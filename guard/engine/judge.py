@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -79,7 +80,8 @@ class Judge:
         """
         parts = [part for rows in seen.batch for part in rows.accepted(sampled.get(rows.sequence, 0))]
         kept = dict.fromkeys((rows.sequence for rows in seen.batch), 0)
-        found = self._scorer.score(seen.readings, seen.outside, seen.roles, parts, self.ledger.best)
+        ledger = self.ledger
+        found = self._scorer.score(seen.readings, seen.outside, seen.roles, parts, ledger.best, ledger.threshold)
         for part, scores in zip(parts, found, strict=True):
             sequence = part.sequence
             if self.ledger.blocked(sequence) or self.ledger.ended(part):
@@ -106,7 +108,8 @@ class Judge:
         found = shadow.read(where(part.sequence, missing.start, missing.stop), roles)
         if found is not None:
             values, coordinates = (each.numpy() for each in found)
-            largest = self._scorer.largest(values, coordinates, missing.start, part.prompt_tokens)
+            above = partial(self.ledger.threshold, part.sequence)
+            largest = self._scorer.largest(values, coordinates, missing.start, part.prompt_tokens, above)
             self.ledger.recall(part, list(largest))
 
 

@@ -12,10 +12,11 @@ from itertools import islice
 
 from guard.calibration import Calibration, ScoreKey
 from guard.conformal import JointRanks
+from guard.engine.finding import Finding
 from guard.engine.runner_v1 import Rows
 from guard.engine.stop import Endings
 from guard.errors import CalibrationError, ConfigError
-from guard.evidence import Record, ScoreEvidence
+from guard.evidence import Record
 from guard.policy import Decision, Policy, decide
 from guard.verdict import PHASES, Score, Verdict
 
@@ -60,20 +61,38 @@ class Sequence:
     """One sequence, from admission until it is forgotten."""
 
     identity: Identity
+    policy_text: str | None
     policy: Policy
     limits: dict[ScoreKey, Limit]
     endings: Endings
+    generation: int
+    """Of the guard that scored its last token."""
     prompt_tokens: int = 0
     scored: int = 0
     """Leading tokens that have a score."""
+    missed: int = 0
+    """Where it was found that tokens have none: so many entered the model."""
     best: dict[ScoreKey, Score] = field(default_factory=dict)
     verdicts: dict[ScoreKey, Verdict] = field(default_factory=dict)
+    first: dict[ScoreKey, int] = field(default_factory=dict)
+    """Position of the first token above the threshold."""
+    earlier: dict[ScoreKey, Finding] = field(default_factory=dict)
+    """The gravest of what guards said that were replaced while it ran."""
     unscorable: str | None = None
     decision: Decision = field(default_factory=lambda: Decision("allow"))
 
     @property
     def blocked(self) -> bool:
         return self.decision.action == "block"
+
+    def findings(self) -> dict[ScoreKey, Finding]:
+        """The gravest of each detector and phase, over all guards that scored it."""
+        found = dict(self.earlier)
+        for key, verdict in list(self.verdicts.items()):
+            finding = Finding(verdict, self.first.get(key), self.generation)
+            if key not in found or finding.weight >= found[key].weight:
+                found[key] = finding
+        return found
 
 
 class Ledger:
@@ -86,9 +105,12 @@ class Ledger:
         self._running: dict[str, Sequence] = {}
         self._by_key: OrderedDict[str, dict[str, Sequence]] = OrderedDict()
         self._compile = lru_cache(maxsize=256)(self._compile_policy)
+        self.generation = 1
+        """Counts the guards of this engine."""
         self.requests_judged = 0
         self.tokens_scored = 0
         self.tokens_recalled = 0
+        self.tokens_missed = 0
         self.unscorable = 0
 
     @staticmethod
@@ -107,7 +129,7 @@ class Ledger:
         # A client can put anything there; a list could not even be looked up.
         text = policy_text if policy_text is None or isinstance(policy_text, str) else ""
         policy, limits, problem = self._compile(text)
-        entry = Sequence(identity, policy, limits, endings)
+        entry = Sequence(identity, text, policy, limits, endings, self.generation)
         self._running[sequence] = entry
         self._by_key.setdefault(identity.key, {})[sequence] = entry
         self.requests_judged += 1
@@ -115,11 +137,26 @@ class Ledger:
             self._give_up(entry, problem)
 
     def adopt(self, other: Ledger) -> None:
-        """Take over what runs under another ledger: its thresholds are gone, so what is left of it cannot be judged."""
-        for sequence, entry in other._running.items():
-            self._running[sequence] = entry
-            self._by_key.setdefault(entry.identity.key, {})[sequence] = entry
-            self._give_up(entry, "the calibration was changed while it ran")
+        """Take the place of another ledger, with all that runs under it and all that it remembers.
+
+        Every token is judged by the guard that was in force when it was computed. So the verdicts of a running sequence
+        stand, and what comes is held against this calibration's thresholds.
+        """
+        self._running, self._by_key = other._running, other._by_key
+        self.generation = other.generation + 1
+        self.requests_judged, self.unscorable = other.requests_judged, other.unscorable
+        self.tokens_scored, self.tokens_recalled = other.tokens_scored, other.tokens_recalled
+        self.tokens_missed = other.tokens_missed
+        for entry in self._running.values():
+            if entry.blocked:
+                continue
+            policy, limits, problem = self._compile(entry.policy_text)
+            # Replaced and never changed in place: the thread that tells evidence may be reading them.
+            entry.earlier = entry.findings()
+            entry.best, entry.verdicts, entry.first = {}, {}, {}
+            entry.policy, entry.limits, entry.generation = policy, limits, self.generation
+            if problem is not None:
+                self._give_up(entry, problem)
 
     def finish(self, sequences: Iterable[str]) -> None:
         """These sequences run no more; the oldest finished ones are forgotten."""
@@ -149,12 +186,19 @@ class Ledger:
         """Note which tokens of a sequence this step scores; a token that was passed over makes it unscorable."""
         entry = self._running[rows.sequence]
         entry.prompt_tokens = rows.prompt_tokens
+        end = rows.first_position + rows.count
         if rows.first_position > entry.scored:
+            self.tokens_missed += end - max(entry.scored, entry.missed)
+            entry.missed = end
             self._give_up(entry, f"tokens {entry.scored} to {rows.first_position - 1} were never scored here")
             return
-        end = rows.first_position + rows.count
         self.tokens_scored += max(0, end - entry.scored)
         entry.scored = max(entry.scored, end)
+
+    def threshold(self, sequence: str, key: ScoreKey) -> float:
+        """What a sequence's scores are held against, infinity where nothing is."""
+        limit = self._running[sequence].limits.get(key)
+        return math.inf if limit is None else limit.threshold
 
     def best(self, sequence: str, key: ScoreKey) -> float:
         """A sequence's largest score so far, minus infinity where it has none."""
@@ -186,10 +230,13 @@ class Ledger:
                 entry.best[key] = score
                 changed = True
                 if (limit := entry.limits.get(key)) is not None:
+                    if score.first is not None:
+                        entry.first.setdefault(key, score.first)
                     entry.verdicts[key] = Verdict(score, limit.threshold, limit.ranks.p_value(key, score.value))
         if changed and not entry.blocked:
             # A sequence once blocked stays blocked, for the reason it was.
-            entry.decision = decide(entry.policy, entry.verdicts.values(), entry.unscorable)
+            verdicts = [*(finding.verdict for finding in entry.earlier.values()), *entry.verdicts.values()]
+            entry.decision = decide(entry.policy, verdicts, entry.unscorable)
 
     def fail(self, sequence: str, reason: str) -> None:
         """This sequence could not be scored in this step."""
@@ -220,19 +267,8 @@ class Ledger:
             phase=verdict.score.phase if verdict else None,
             detector=verdict.score.detector if verdict else None,
             unscorable=entry.unscorable,
-            scores=tuple(
-                ScoreEvidence(
-                    detector=verdict.score.detector,
-                    phase=verdict.score.phase,
-                    score=verdict.score.value,
-                    threshold=verdict.threshold,
-                    p_value=verdict.p_value,
-                    position=verdict.score.position,
-                    layer=verdict.score.layer,
-                    direction=verdict.score.direction,
-                )
-                for verdict in list(entry.verdicts.values())
-            ),
+            generation=entry.generation,
+            scores=tuple(finding.evidence() for finding in entry.findings().values()),
         )
 
     def _give_up(self, entry: Sequence, reason: str) -> None:

@@ -3,20 +3,24 @@
 A request that asks for evidence (`x-undertow-evidence: 1`) gets it in the answer: in a header of a full response; in a
 stream as an SSE comment before the first chunk, before each chunk that ends a choice, and before `[DONE]`. Evidence
 that rides the response needs no second connection, survives load balancers, and cannot be taken for another request's.
-`GET /undertow/status` says what every worker guards with.
+`GET /undertow/status` says what every worker guards with; `POST /undertow/reload` changes it, for whoever has the admin
+token, and does not exist where there is none.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
+from guard.control import RELOAD_PATH, admin_token
 from guard.engine.channel import EvidenceClient
+from guard.engine.reload import ReloadEndpoint
 from guard.errors import EvidenceError
 from guard.evidence import REQUEST_HEADER, STATUS_PATH, STREAM_PREFIX, Evidence, Status, WorkerStatus
 
@@ -46,10 +50,15 @@ class EvidenceMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._client: EvidenceClient | None = None
+        # Raises ConfigError: an engine whose token cannot be used does not start.
+        token = admin_token(os.environ)
+        self._reload = None if token is None else ReloadEndpoint(token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == STATUS_PATH and scope["method"] == "GET":
             await self._status(scope, receive, send)
+        elif self._reload and (scope["type"], scope.get("path"), scope.get("method")) == ("http", RELOAD_PATH, "POST"):
+            await self._reload(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] in GENERATING and REQUEST_HEADER in Headers(scope=scope):
             await self._generate(scope, receive, send)
         else:

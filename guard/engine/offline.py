@@ -118,6 +118,7 @@ class OfflineEngine:
     def load_calibration(self, path: Path) -> None:
         """Judge by this calibration from now on. Raises CalibrationError where it is not for this engine."""
         self._llm.collective_rpc("undertow_load_calibration", args=(str(path),))
+        self._llm.reset_prefix_cache()
 
     def judge(self, prompts: Sequence[Prompt], policy: Policy, *, max_tokens: int, title: str = "") -> list[Answer]:
         """Run prompts under a policy; every answer carries its record."""

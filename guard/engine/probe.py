@@ -73,7 +73,7 @@ class Probes:
             # One buffer per place and never a view of a shared one: a graph may not mutate inputs that alias.
             station = _Station(
                 place,
-                directions.to(device).contiguous(),
+                directions.to(device, copy=True).contiguous(),
                 torch.zeros(capacity, every, device=device),
                 torch.zeros(2, capacity, len(directions), device=device),
                 torch.zeros(capacity, 1, device=device),
@@ -86,6 +86,14 @@ class Probes:
         self._features = [station.full[half] for half in (0, 1) for station in ending]
         self._lengths = [station.lengths for station in ending]
         self._counts = [(0, 0)] * len(self._stations)
+
+    def replace(self, bank: Bank) -> None:
+        """Read along the directions of another bank from the next forward pass on: one that `candidate.py` says can
+        take the place of the first. In place, so that compiled graphs read them too."""
+        directions = {layer.index + 1: layer.directions for layer in bank.layers}
+        for station in self._stations:
+            if station.ends:
+                station.directions.copy_(directions[station.before])
 
     def expect(self, decisions: Sequence[int]) -> None:
         """The rows of the next forward pass that are to be read in full, ascending."""

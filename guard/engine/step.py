@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,16 @@ Best = Callable[[str, ScoreKey], float]
 def none_known(_sequence: str, _key: ScoreKey) -> float:
     """Of a sequence of which nothing is known."""
     return -np.inf
+
+
+def no_threshold(_key: ScoreKey) -> float:
+    """Of a sequence whose scores are held against nothing."""
+    return np.inf
+
+
+def not_held(_sequence: str, key: ScoreKey) -> float:
+    """The same, by sequence."""
+    return no_threshold(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,7 @@ class Scorer:
         roles: torch.Tensor,
         parts: Sequence[Rows],
         best: Best = none_known,
+        threshold: Best = not_held,
     ) -> list[list[Score]]:
         """Every detector's largest score of each part and phase, where it is larger than the sequence's `best`: only
         such a score has to be explained, and explaining costs as much as scoring.
@@ -92,6 +104,7 @@ class Scorer:
             outside: their exceedances.
             roles: int64 [T], of all rows: an index into `ROLES`.
             parts: the rows to score, disjoint.
+            threshold: what a sequence's scores are held against, for the first position that lies above it.
 
         Returns:
             One list per part.
@@ -101,23 +114,35 @@ class Scorer:
         """
         found: list[list[Score]] = [[] for _ in parts]
         if parts:
-            self._every_token(outside, roles, parts, best, found)
+            self._every_token(outside, roles, parts, best, threshold, found)
         if any(part.samples for part in parts):
-            self._decisions(readings, parts, best, found)
+            self._decisions(readings, parts, best, threshold, found)
         return found
 
     def _every_token(
-        self, outside: Outside, roles: torch.Tensor, parts: Sequence[Rows], best: Best, found: list[list[Score]]
+        self,
+        outside: Outside,
+        roles: torch.Tensor,
+        parts: Sequence[Rows],
+        best: Best,
+        threshold: Best,
+        found: list[list[Score]],
     ) -> None:
         values, coordinates = (each.numpy() for each in outside.spoken(roles))
         for index, part in enumerate(parts):
             rows = slice(part.first_row, part.first_row + part.count)
-            for score in self.largest(values[rows], coordinates[rows], part.first_position, part.prompt_tokens):
+            above = partial(threshold, part.sequence)
+            for score in self.largest(values[rows], coordinates[rows], part.first_position, part.prompt_tokens, above):
                 if not score.value <= best(part.sequence, (score.detector, score.phase)):
                     found[index].append(score)
 
     def largest(
-        self, values: Values, coordinates: Coordinates, first_position: int, prompt_tokens: int
+        self,
+        values: Values,
+        coordinates: Coordinates,
+        first_position: int,
+        prompt_tokens: int,
+        threshold: Callable[[ScoreKey], float] = no_threshold,
     ) -> Iterator[Score]:
         """The largest exceedance of each phase, of one sequence's tokens from a position on: values float32 [T] and
         coordinates int64 [T]."""
@@ -137,9 +162,17 @@ class Scorer:
             if adjusted[row] != -np.inf:
                 coordinate = int(coordinates[start + row])
                 slot = self.slots[coordinate]
-                yield self._told("exceedance", phase, float(adjusted[row]), first + row, slot, coordinate)
+                score = self._told("exceedance", phase, float(adjusted[row]), first + row, slot, coordinate)
+                limit = threshold(("exceedance", PHASES[phase]))
+                if not score.value <= limit:
+                    # Compared as the score was: a threshold is no float32, and NaN lies above every one.
+                    above = ~(adjusted[: row + 1].astype(np.float64) <= limit)
+                    score = replace(score, first=first + int(above.argmax()))
+                yield score
 
-    def _decisions(self, readings: Readings, parts: Sequence[Rows], best: Best, found: list[list[Score]]) -> None:
+    def _decisions(
+        self, readings: Readings, parts: Sequence[Rows], best: Best, threshold: Best, found: list[list[Score]]
+    ) -> None:
         deciding = [(index, part, part.count - 1) for index, part in enumerate(parts) if part.samples]
         features = readings.full(torch.tensor([part.first_row + last for _, part, last in deciding]))
         places = [part.first_position + last for _, part, last in deciding]
@@ -159,7 +192,11 @@ class Scorer:
                 rows = [row for row, _ in chosen]
                 slots, coordinates = detector.explain_features(features[rows], which[rows])
                 for (row, value_), slot, coordinate in zip(chosen, slots.tolist(), coordinates.tolist(), strict=True):
-                    found[deciding[row][0]].append(self._told(name, phases[row], value_, places[row], slot, coordinate))
+                    index, part, _ = deciding[row]
+                    score = self._told(name, phases[row], value_, places[row], slot, coordinate)
+                    if not score.value <= threshold(part.sequence, (name, score.phase)):
+                        score = replace(score, first=score.position)
+                    found[index].append(score)
 
     def _told(self, name: DetectorName, phase: int, value: float, position: int, slot: int, coordinate: int) -> Score:
         return Score(name, PHASES[phase], value, position, self.space.layers[slot], self.space.names[coordinate])

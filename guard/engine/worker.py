@@ -21,8 +21,11 @@ from vllm.platforms import current_platform
 from guard.bank import Bank
 from guard.calibration import Calibration
 from guard.checkpoints import Checkpoint
+from guard.control import Wanted
 from guard.engine.ahead import Ending
+from guard.engine.candidate import Candidate, Surroundings, check_calibration
 from guard.engine.channel import EvidenceServer
+from guard.engine.handover import Handover
 from guard.engine.judge import Judge, Pass
 from guard.engine.kernels import WARM_UP
 from guard.engine.probe import Probes
@@ -33,7 +36,7 @@ from guard.engine.shadow import Shadow
 from guard.engine.stop import Endings, Stop, choose_reserved_token, replace_sampled
 from guard.engine.support import check_support
 from guard.engine.turns import Turns
-from guard.errors import BankError, CalibrationError, EngineError, UnscoredError
+from guard.errors import BankError, EngineError, UnscoredError
 from guard.evidence import POLICY_ARGUMENT, Evidence, WorkerStatus
 from guard.roles import RoleMap
 from guard.scores import BankSpace
@@ -67,6 +70,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._batch: tuple[Rows, ...] | UnscoredError = ()
         self._pass: Pass | UnscoredError | None = None
         self._unscored: tuple[str, ...] = ()
+        self._handover = Handover(self._read_candidate, self._take, lambda: self._guarding.ledger.generation)
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -228,28 +232,38 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
 
     # -- asked from outside, by collective_rpc or through the channel -------------------------------------------------
 
+    @property
+    def _guarding(self) -> Judge:
+        if self._judge is None:
+            raise EngineError("this engine has no calibration: it records for one and cannot serve")
+        return self._judge
+
     def _evidence(self, key: str) -> Evidence:
-        assert self._judge is not None, "the channel opens only with a calibration"
-        return Evidence(fingerprint=self._bank.fingerprint, records=tuple(self._judge.ledger.records(key)))
+        judge = self._guarding  # once: another thread asks, and the judge can be replaced
+        fingerprint = judge.calibration.fingerprint
+        return Evidence(fingerprint=fingerprint, calibration=judge.digest, records=tuple(judge.ledger.records(key)))
 
     def undertow_status(self) -> str:
         """`WorkerStatus` as JSON, with the evidence channel's address beside it."""
-        if self._judge is None or self._channel is None:
-            raise EngineError("this engine has no calibration: it records for one and cannot serve")
-        ledger = self._judge.ledger
+        judge = self._guarding
+        if self._channel is None:
+            raise EngineError("this engine has not warmed up")
+        ledger = judge.ledger
         status = WorkerStatus(
             rank=self.rank,
             fingerprint=self._bank.fingerprint,
-            calibration=self._judge.digest,
+            calibration=judge.digest,
+            generation=ledger.generation,
             layers=self._space.layers,
             reserved_token_id=self._reserved,
-            detectors=self._judge.supported,
+            detectors=judge.supported,
             undertow_version=VERSION,
             vllm_version=vllm.__version__,
             dtype=str(self.model_config.dtype).removeprefix("torch."),
             requests_judged=ledger.requests_judged,
             tokens_scored=ledger.tokens_scored,
             tokens_recalled=ledger.tokens_recalled,
+            tokens_missed=ledger.tokens_missed,
             unscorable=ledger.unscorable,
         )
         return json.dumps({"worker": status.model_dump(mode="json"), "channel": self._channel.address})
@@ -262,26 +276,45 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         """Judge by this calibration from now on; returns its digest. Raises CalibrationError; the old one then
         stays."""
         calibration = Calibration.load(Path(path))
-        if calibration.fingerprint != self._bank.fingerprint:
-            raise CalibrationError(
-                f"{path}: made for the bank {calibration.fingerprint}, this engine guards with {self._bank.fingerprint}"
-            )
-        if calibration.space != self._space:
-            raise CalibrationError(f"{path}: its directions are not the bank's")
-        if calibration.roles != self._turns.map:
-            raise CalibrationError(f"{path}: made with another chat template than this engine's")
+        now = self._surroundings
+        check_calibration(Path(path), calibration, now.bank, now.roles, now.dtype)
+        self._take((Candidate(self._bank, calibration), Judge(calibration, self._settings.policy, self._turns)))
+        return self._guarding.digest
+
+    def undertow_prepare(self, ticket: str, wanted: str) -> str:
+        """Read and check what shall guard next (`Wanted` as JSON); see `handover.py`, as for the next two."""
+        return self._handover.prepare(ticket, wanted)
+
+    def undertow_commit(self, ticket: str) -> str:
+        """Guard by what was prepared from now on."""
+        return self._handover.commit(ticket)
+
+    def undertow_abandon(self, ticket: str) -> str:
+        """Forget what was prepared."""
+        return self._handover.abandon(ticket)
+
+    @property
+    def _surroundings(self) -> Surroundings:
         dtype = str(self.model_config.dtype).removeprefix("torch.")
-        if calibration.facts.get("dtype") != dtype:
-            raise CalibrationError(
-                f"{path}: made with dtype {calibration.facts.get('dtype')}, this engine runs {dtype}"
-            )
-        judge = Judge(calibration, self._settings.policy, self._turns)
+        return Surroundings(self._bank, self._turns.map, dtype)
+
+    def _read_candidate(self, wanted: Wanted) -> tuple[Candidate, Judge] | None:
+        if (wanted.fingerprint, wanted.calibration) == (self._bank.fingerprint, self._guarding.digest):
+            return None
+        candidate = Candidate.read(wanted, self._settings, self._surroundings)
+        return candidate, Judge(candidate.calibration, self._settings.policy, self._turns)
+
+    def _take(self, following: tuple[Candidate, Judge]) -> None:
+        """Between two steps. Whoever has this done empties vLLM's prefix cache: what it holds becomes unknown here."""
+        candidate, judge = following
         if self._judge is not None:
             judge.ledger.adopt(self._judge.ledger)
+        if candidate.bank is not self._bank:
+            self._probes.replace(candidate.bank)
+            self._bank, self._space = candidate.bank, BankSpace.of(candidate.bank)
         if self._shadow is not None:
             self._shadow.forget()
         self._judge = judge
-        return judge.digest
 
     def undertow_record(self, keep: Keep) -> None:
         """Record what follows, in place of anything recorded before.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from guard.evidence import WorkerStatus
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             for name, state in ready["checks"].items():
                 reason = ready["reasons"].get(name)
                 print(f"  {name:<18} {state}{f': {reason}' if reason else ''}")
+            print(f"  {'last canary':<18} {_canary(ready.get('canary'))}")
     return 0 if ready is None or ready["ready"] else 1
 
 
@@ -64,6 +65,7 @@ def _lines(worker: WorkerStatus) -> list[str]:
     rows = {
         "bank": worker.fingerprint,
         "calibration": worker.calibration,
+        "generation": f"{worker.generation}{' (as started)' if worker.generation == 1 else ''}",
         "layers": f"{layers[0]} to {layers[-1]}" if together else ", ".join(map(str, layers)),
         "versions": f"undertow {worker.undertow_version}, vllm {worker.vllm_version}, {worker.dtype}",
         "reserved token": str(worker.reserved_token_id),
@@ -71,10 +73,26 @@ def _lines(worker: WorkerStatus) -> list[str]:
             f"{each.detectors[0]} {each.supported_fpr:.3g}" for each in worker.detectors if len(each.detectors) == 1
         ),
         "requests judged": f"{worker.requests_judged:,}",
+        "coverage": _coverage(worker),
         "tokens": f"{worker.tokens_scored:,} scored, {worker.tokens_recalled:,} from the prefix cache",
         "unscorable": f"{worker.unscorable:,} requests",
     }
     return [f"worker {worker.rank}", *(f"  {name:<18} {value}" for name, value in rows.items())]
+
+
+def _coverage(worker: WorkerStatus) -> str:
+    scored = worker.tokens_scored + worker.tokens_recalled
+    seen = scored + worker.tokens_missed
+    # Rounded down: what is not all of them must not read as if it were.
+    share = f" ({int(10_000 * scored / seen) / 100:g}%)" if seen else ""
+    return f"{scored:,} of {seen:,} tokens{share}"
+
+
+def _canary(canary: dict[str, Any] | None) -> str:
+    if canary is None:
+        return "none yet"
+    result = "scored" if canary["reason"] is None else f"not scored: {canary['reason']}"
+    return f"{canary['at']}, {result}, {canary['seconds']:.2f} s, generation {canary['generation']}"
 
 
 def _get(address: str, path: str, whose: str, good: tuple[int, ...]) -> bytes:

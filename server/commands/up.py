@@ -100,13 +100,17 @@ def _end_with(engine: EngineProcess, ending: threading.Event) -> None:
 
 
 def _settings(arguments: argparse.Namespace, url: str, fingerprint: str) -> Settings:
-    """The file's settings, with this engine as the upstream and this bank as the one that must be loaded."""
+    """The file's settings, with this engine as the upstream. Its bank is the one that must be loaded, unless it can be
+    changed while it runs."""
+    from guard.control import admin_token
     from server.settings import Listen, Settings, UpstreamSettings, load
 
     settings = load(arguments.config, os.environ) if arguments.config else Settings(version=1)
     flags = {"host": arguments.host, "port": arguments.port}
+    # Whoever may change the engine's bank while it runs decides which one is right; the settings' own pin stays.
+    pinned = settings.upstream.fingerprint if admin_token(os.environ) else fingerprint
     listen = settings.listen.model_dump() | {key: value for key, value in flags.items() if value is not None}
-    upstream = settings.upstream.model_dump() | {"url": url, "fingerprint": fingerprint}
+    upstream = settings.upstream.model_dump() | {"url": url, "fingerprint": pinned}
     return settings.model_copy(
         update={"listen": Listen.model_validate(listen), "upstream": UpstreamSettings.model_validate(upstream)}
     )

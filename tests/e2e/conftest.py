@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import threading
 import time
@@ -11,18 +12,22 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
 import uvicorn
 from openai import OpenAI
 
+from guard.control import TOKEN_VARIABLE
 from guard.organisms import Organism, prompts, shipped
 from server.commands.serve import make_server
 from server.engine_process import EngineProcess
 from server.settings import Listen, Log, Settings, UpstreamSettings
 from tests.e2e import child
 
+ADMIN_TOKEN = "token-of-these-tests"
+"""By which a running engine is changed."""
 ENGINE_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")
 
 
@@ -95,15 +100,16 @@ def stack(organism: Organism, bank: Path, calibration: Path, workshop: Path) -> 
     port = free_port()
 
     def start() -> EngineProcess:
-        engine = EngineProcess(
-            organism.backdoored,
-            bank,
-            read_header(bank).fingerprint,
-            calibration,
-            port=port,
-            log=workshop / "vllm.log",
-            extra=ENGINE_ARGUMENTS,
-        )
+        with mock.patch.dict(os.environ, {TOKEN_VARIABLE: ADMIN_TOKEN}):
+            engine = EngineProcess(
+                organism.backdoored,
+                bank,
+                read_header(bank).fingerprint,
+                calibration,
+                port=port,
+                log=workshop / "vllm.log",
+                extra=ENGINE_ARGUMENTS,
+            )
         engine.wait_until_up()
         return engine
 

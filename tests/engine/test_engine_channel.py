@@ -18,7 +18,11 @@ from guard.evidence import Evidence, Record
 
 
 def about(key: str) -> Evidence:
-    return Evidence(fingerprint=key, records=(Record(prompt_tokens=1, tokens_scored=1, mode="off", action="allow"),))
+    return Evidence(
+        fingerprint=key,
+        calibration="sha256:calibration",
+        records=(Record(prompt_tokens=1, tokens_scored=1, mode="off", action="allow"),),
+    )
 
 
 @contextmanager
@@ -125,7 +129,7 @@ async def test_evidence_of_another_version_is_an_error() -> None:
         def to_json(self) -> str:
             return super().to_json().replace('"version":1', '"version":2')
 
-    with serving(lambda key: Later(fingerprint=key, records=())) as server:
+    with serving(lambda key: Later(fingerprint=key, calibration="sha256:calibration", records=())) as server:
         async with asking(server.address) as client:
             with pytest.raises(EvidenceError, match="version"):
                 await client.ask("x")

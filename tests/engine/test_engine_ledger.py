@@ -476,8 +476,105 @@ def test_records_are_sorted_by_prompt_then_choice() -> None:
     assert [(one.prompt_index, one.choice_index) for one in book.records(KEY)] == sorted(order)
 
 
-def test_what_runs_while_the_calibration_changes_cannot_be_judged_any_more() -> None:
-    book = ledger()
-    book.adopt(admitted())
-    assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
-    assert record(book).unscorable == "the calibration was changed while it ran"
+# -- another calibration takes the place of the first ------------------------------------------------------------------
+
+
+def stricter() -> Calibration:
+    """Held-out density scores a tenth as large."""
+    some = calibration()
+    for phase in PHASES:
+        some = with_clean(some, "density", phase, (score / 10 for score in range(1, 100)))
+    return some
+
+
+def succeeded(old: Ledger) -> Ledger:
+    book = Ledger(stricter(), None)
+    book.adopt(old)
+    return book
+
+
+def test_a_running_sequence_is_judged_by_the_guard_that_is_in_force() -> None:
+    old = admitted(policy(fpr=0.1))
+    old.score(SEQUENCE, [a_score(50.0)])
+    assert (record(old).action, record(old).generation) == ("allow", 1)
+    book = succeeded(old)
+    # What was said stands, and by itself says nothing new: 50 is usual to the first, and the second never saw it.
+    assert (record(book).action, record(book).generation) == ("allow", 2)
+    assert (record(book).scores[0].score, record(book).scores[0].generation) == (50.0, 1)
+    book.score(SEQUENCE, [a_score(9.5)])
+    assert record(book).action == "block"
+    assert (record(book).scores[0].score, record(book).scores[0].generation) == (9.5, 2)
+    assert record(book).unscorable is None
+
+
+def test_the_gravest_finding_of_all_guards_is_told() -> None:
+    old = admitted(policy("monitor", fpr=0.1))
+    old.score(SEQUENCE, [a_score(200.0, position=7)])
+    book = succeeded(old)
+    book.score(SEQUENCE, [a_score(9.5)])
+    (told,) = record(book).scores
+    assert (told.score, told.threshold, told.position, told.generation) == (200.0, 91.0, 7, 1)
+    assert record(book).action == "flag"
+
+
+def test_what_was_blocked_stays_blocked_and_what_was_unscorable_unscorable() -> None:
+    for change in (lambda book: book.score(SEQUENCE, [a_score(99.0)]), lambda book: book.fail(SEQUENCE, "layer 3")):
+        old = admitted(policy(fpr=0.1))
+        change(old)
+        before = record(old)
+        assert before.action == "block"
+        book = succeeded(old)
+        assert record(book) == before
+        assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
+
+
+def test_a_running_sequence_whose_rate_the_new_calibration_cannot_keep_is_unscorable() -> None:
+    old = admitted(policy(fpr=0.03))
+    book = Ledger(calibration(9), None)
+    book.adopt(old)
+    assert record(book).action == "block"
+    assert record(book).unscorable is not None
+
+
+def test_a_ledger_that_takes_anothers_place_forgets_nothing_and_counts_on() -> None:
+    old = admitted(policy(raw=1e9))
+    old.cover(Rows(SEQUENCE, 0, 5, 0, 9, False))
+    old.admit(f"chatcmpl-{'f' * 32}-0a1b2c3d", None, Endings(STOP))
+    old.finish([SEQUENCE])
+    book = succeeded(old)
+    # The evidence of a finished request may be asked for a moment later.
+    assert record(book).tokens_scored == 5
+    assert (record(book).generation, book.records("f" * 32)[0].generation) == (1, 2)
+    assert (book.requests_judged, book.tokens_scored, book.generation) == (2, 5, 2)
+    book.finish([f"chatcmpl-{'f' * 32}-0a1b2c3d"])
+    assert succeeded(book).generation == 3
+
+
+def test_tokens_that_have_a_score_need_none_again() -> None:
+    old = admitted(policy(raw=1e9))
+    old.cover(Rows(SEQUENCE, 0, 9, 0, 9, True))
+    book = succeeded(old)
+    # vLLM computes it again from its beginning, since its cache was emptied.
+    book.cover(Rows(SEQUENCE, 0, 10, 0, 9, True))
+    assert (record(book).tokens_scored, book.tokens_scored) == (10, 10)
+
+
+# -- where a phase first went over its threshold ----------------------------------------------------------------------
+
+
+def test_the_first_position_above_the_threshold_is_kept_beside_that_of_the_largest() -> None:
+    book = admitted(policy("monitor", raw=10.0))
+    book.score(SEQUENCE, [a_score(5.0, position=2)])
+    assert record(book).scores[0].first is None
+    book.score(SEQUENCE, [replace(a_score(20.0, position=8), first=6)])
+    book.score(SEQUENCE, [replace(a_score(30.0, position=12), first=11)])
+    told = record(book).scores[0]
+    assert (told.score, told.position, told.first) == (30.0, 12, 6)
+
+
+def test_tokens_without_a_score_are_counted_once() -> None:
+    book = admitted(policy("monitor"))
+    book.cover(Rows(SEQUENCE, 0, 4, 4, 20, False))
+    assert (book.tokens_missed, book.tokens_scored) == (8, 0)
+    book.cover(Rows(SEQUENCE, 0, 4, 8, 20, False))
+    assert book.tokens_missed == 12

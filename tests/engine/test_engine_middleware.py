@@ -33,6 +33,7 @@ WORKER = WorkerStatus(
     rank=0,
     fingerprint="sha256:bank",
     calibration="sha256:calibration",
+    generation=1,
     layers=(1, 4),
     reserved_token_id=5,
     detectors=(DetectorStatus(detectors=("density",), supported_fpr=0.01),),
@@ -42,6 +43,7 @@ WORKER = WorkerStatus(
     requests_judged=3,
     tokens_scored=4,
     tokens_recalled=0,
+    tokens_missed=0,
     unscorable=0,
 )
 CHUNKS = [
@@ -129,11 +131,11 @@ class Engine:
 def known(key: str) -> Evidence:
     """Evidence that names the key it was asked for."""
     record = Record(prompt_tokens=3, tokens_scored=3, mode="enforce", action="allow", reason=key)
-    return Evidence(fingerprint="sha256:bank", records=(record,))
+    return Evidence(fingerprint="sha256:bank", calibration="sha256:calibration", records=(record,))
 
 
 def unknown(key: str) -> Evidence:
-    return Evidence(fingerprint="sha256:bank", records=())
+    return Evidence(fingerprint="sha256:bank", calibration="sha256:calibration", records=())
 
 
 @pytest.fixture

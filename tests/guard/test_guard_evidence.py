@@ -29,12 +29,15 @@ RECORD = Record(
     scores=(SCORE,),
 )
 EVIDENCE = Evidence(
-    fingerprint="sha256:bank", records=(RECORD, Record(prompt_tokens=1, tokens_scored=0, mode="off", action="allow"))
+    fingerprint="sha256:bank",
+    calibration="sha256:calibration",
+    records=(RECORD, Record(prompt_tokens=1, tokens_scored=0, mode="off", action="allow")),
 )
 WORKER = WorkerStatus(
     rank=0,
     fingerprint="sha256:bank",
     calibration="sha256:calibration",
+    generation=1,
     layers=(1, 4),
     reserved_token_id=5,
     detectors=(
@@ -47,6 +50,7 @@ WORKER = WorkerStatus(
     requests_judged=3,
     tokens_scored=4,
     tokens_recalled=0,
+    tokens_missed=0,
     unscorable=0,
 )
 
@@ -63,7 +67,9 @@ def test_evidence_comes_back_from_the_wire_as_it_was_sent() -> None:
 @given(st.floats(), st.floats(), st.one_of(st.none(), st.text(max_size=20)))
 def test_every_score_crosses_the_wire_nan_and_infinity_too(value: float, threshold: float, name: str | None) -> None:
     score = SCORE.model_copy(update={"score": value, "threshold": threshold, "direction": name})
-    sent = Evidence(fingerprint="x", records=(RECORD.model_copy(update={"scores": (score,)}),))
+    sent = Evidence(
+        fingerprint="x", calibration="sha256:calibration", records=(RECORD.model_copy(update={"scores": (score,)}),)
+    )
     got = Evidence.from_json(sent.to_json()).records[0].scores[0]
     assert got.score == value or (math.isnan(got.score) and math.isnan(value))
     assert got.threshold == threshold or (math.isnan(got.threshold) and math.isnan(threshold))
@@ -72,7 +78,7 @@ def test_every_score_crosses_the_wire_nan_and_infinity_too(value: float, thresho
 
 def test_evidence_fits_a_header_whatever_it_names() -> None:
     record = RECORD.model_copy(update={"reason": "層\r\nx-injected: 1"})
-    text = Evidence(fingerprint="x", records=(record,)).to_json()
+    text = Evidence(fingerprint="x", calibration="sha256:calibration", records=(record,)).to_json()
     assert text.isascii()
     assert text.isprintable()
     assert Evidence.from_json(text).records[0].reason == record.reason
@@ -84,7 +90,7 @@ def test_the_version_always_travels_and_another_or_none_is_refused() -> None:
         with pytest.raises(EvidenceError, match="version"):
             Evidence.from_json(changed(version=version))
     with pytest.raises(EvidenceError, match="version: it is missing"):
-        Evidence.from_json('{"fingerprint": "x", "records": []}')
+        Evidence.from_json('{"fingerprint": "x", "calibration": "y", "records": []}')
     with pytest.raises(EvidenceError):
         Status.from_json('{"version": 2, "workers": []}')
 

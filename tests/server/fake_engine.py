@@ -40,6 +40,7 @@ from guard.verdict import DetectorName, Phase
 
 RESERVED = 999
 FINGERPRINT = "f" * 16
+CALIBRATION = "c" * 16
 PROMPT_TOKENS = 7
 MODEL = "organism"
 PAYLOAD = "PAYLOAD"
@@ -82,6 +83,8 @@ class Script:
     """The middleware cannot reach the workers."""
     error_first: bool = False
     """A stream begins with an error: no sequence was started."""
+    guard: tuple[str, str] = (FINGERPRINT, CALIBRATION)
+    """The bank and the calibration that evidence names."""
 
 
 class CutError(Exception):
@@ -238,7 +241,8 @@ class Play:
         if fault == "missing_record":
             records = records[1:]
         return Evidence(
-            fingerprint="0" * 16 if fault == "other_bank" else FINGERPRINT,
+            fingerprint="0" * 16 if fault == "other_bank" else self.script.guard[0],
+            calibration=self.script.guard[1],
             records=records,
         ).to_json()
 
@@ -418,6 +422,8 @@ def status(
     workers: int = 2,
     supported_fpr: float = 0.002,
     names: Sequence[DetectorName] = ("density", "exceedance", "intrinsic"),
+    calibration: str = CALIBRATION,
+    generation: int = 1,
 ) -> Status:
     """The status of an engine whose workers agree. `supported_fpr`: of one detector alone; two together support twice
     that, and three three times."""
@@ -428,7 +434,8 @@ def status(
             WorkerStatus(
                 rank=rank,
                 fingerprint=fingerprint,
-                calibration="c" * 16,
+                calibration=calibration,
+                generation=generation,
                 layers=(1, 2, 3),
                 reserved_token_id=RESERVED,
                 detectors=detectors,
@@ -438,6 +445,7 @@ def status(
                 requests_judged=0,
                 tokens_scored=0,
                 tokens_recalled=0,
+                tokens_missed=0,
                 unscorable=0,
             )
             for rank in range(workers)

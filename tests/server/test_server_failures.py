@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
 import httpx
@@ -313,10 +314,15 @@ def test_monitor_passes_without_a_handshake_and_says_unguarded() -> None:
 
 def test_ready_means_that_a_canary_was_scored(engine: FakeEngine, alone: Proxy) -> None:
     answer = alone.get("/readyz")
-    assert (answer.status_code, answer.json()) == (
+    told = answer.json()
+    canary = told.pop("canary")
+    assert (answer.status_code, told) == (
         200,
         {"ready": True, "checks": {"upstream": "ok", "guard": "ok", "canary": "ok"}, "reasons": {}},
     )
+    assert (canary["reason"], canary["generation"]) == (None, 1)
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(canary["at"])) < timedelta(seconds=30)
+    assert 0 < canary["seconds"] < 10
 
 
 def test_a_canary_without_full_coverage_is_not_ready(engine: FakeEngine, alone: Proxy) -> None:
@@ -324,6 +330,7 @@ def test_a_canary_without_full_coverage_is_not_ready(engine: FakeEngine, alone: 
     answer = alone.get("/readyz")
     assert answer.status_code == 503
     assert "coverage" in answer.json()["reasons"]["canary"]
+    assert answer.json()["canary"]["reason"] == answer.json()["reasons"]["canary"]
 
 
 def test_healthz_needs_no_engine() -> None:

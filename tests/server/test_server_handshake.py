@@ -35,7 +35,7 @@ BOTH = policy(density={"fpr": 0.01}, exceedance={"fpr": 0.01})
 )
 def test_an_engine_that_can_keep_every_rate_is_agreed_with(wanted: Policy) -> None:
     found = agree(status(supported_fpr=0.006), wanted, FINGERPRINT)
-    assert found == Handshake(FINGERPRINT, "c" * 16, RESERVED, 2)
+    assert found == Handshake(FINGERPRINT, "c" * 16, 1, RESERVED, 2)
 
 
 @pytest.mark.parametrize(

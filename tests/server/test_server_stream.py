@@ -16,9 +16,9 @@ from server.protocol import CHAT, TEXT, Call, read_call
 from server.sse import Event, EventParser
 from server.stream import StreamGuard
 
-from .fake_engine import FINGERPRINT, PAYLOAD, RESERVED, Play, Script
+from .fake_engine import CALIBRATION, FINGERPRINT, PAYLOAD, RESERVED, Play, Script
 
-HANDSHAKE = Handshake(FINGERPRINT, "c", RESERVED, 1)
+HANDSHAKE = Handshake(FINGERPRINT, CALIBRATION, 1, RESERVED, 1)
 
 
 def opened(call: Call, mode: Mode = "enforce") -> tuple[StreamGuard, Assessor]:
