@@ -27,6 +27,8 @@ _RETRY_S = 0.5
 _WATCH_LOST_S = 1.0
 _WATCH_FOUND_S = 1.0
 """What guards can be changed while the engine runs; a status is a small call between two of its steps."""
+_ASKS = 3
+"""How often a busy engine that does not answer in time is asked for one request's sake."""
 _REMEMBERED = 8
 """Evidence is told after the fact, so that of a request that ran through a change may name what guarded before."""
 
@@ -107,7 +109,8 @@ class HandshakeKeeper:
         self._on_change = on_change
         self._lock = asyncio.Lock()
         self._tried = float("-inf")
-        self._asked = float("-inf")
+        self._answered = float("-inf")
+        """When the last question was asked that the engine answered."""
         self._agreed: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
         self._error: EngineError | UpstreamError = HandshakeError("no handshake with the engine yet")
         self.current: Handshake | None = None
@@ -148,8 +151,10 @@ class HandshakeKeeper:
             return  # whoever judges it says so
         began = monotonic()
         async with self._lock:
-            # Of many requests at once the first asks; an answer to what was asked before tells nothing.
-            if not self.knows(evidence) and self._asked < began:
+            for _ in range(_ASKS):
+                # Of many requests at once the first asks; an answer to what was asked before tells nothing.
+                if self.knows(evidence) or self._answered >= began:
+                    return
                 await self._refresh()
 
     def drop(self, reason: str) -> None:
@@ -166,9 +171,10 @@ class HandshakeKeeper:
             await asyncio.sleep(_WATCH_FOUND_S if self.current else _WATCH_LOST_S)
 
     async def _refresh(self) -> None:
-        self._asked = monotonic()
+        asked = monotonic()
         try:
             answer = await self._upstream.status()
+            self._answered = asked
             if answer.status_code != 200:
                 absent = answer.status_code == 404
                 hint = "is Undertow's middleware loaded in the engine?" if absent else "its workers gave no status"

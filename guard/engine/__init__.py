@@ -9,6 +9,8 @@ readings.py    what the probes saw in one forward pass
 runner_v1.py   the private attributes of vLLM's V1 model runner, in one file
 step.py        a step's readings to each sequence's largest scores
 ledger.py      per request: scores so far, verdicts, decision
+finding.py     what one guard says of one detector and phase
+candidate.py   what could guard next, checked; handover.py, reload.py: how it comes to
 stop.py        ends a blocked request in the step that judged it
 recorder.py    what calibration and tests read: coordinates in bank space, never activations
 channel.py     evidence from the worker to the API process

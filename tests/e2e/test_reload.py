@@ -325,8 +325,7 @@ def test_what_cannot_be_taken_is_refused_by_name_and_the_old_guards_on(stack: St
     less = narrower(bank)
     less.save(files.bank)
     wanted["fingerprint"] = less.fingerprint
-    count = len(bank.layers[0].names)
-    refused(409, "cannot take the place", f"layer {bank.layers[0].index} has {count - 1} directions, expected {count}")
+    refused(409, "cannot take the place", f"layer {bank.layers[0].index} has ", "of the model's own matrices, expected")
     # By whom it should not be.
     assert httpx.post(url, json=wanted).status_code == 401
     assert httpx.get(url, headers=secret).status_code == 404

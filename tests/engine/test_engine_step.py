@@ -104,6 +104,37 @@ def test_a_planted_outlier_is_found_in_its_sequence_position_phase_layer_and_dir
     assert largest == score
 
 
+def test_the_first_position_above_a_threshold_is_told_beside_the_largest_score() -> None:
+    batch = [Rows("a", 0, 4, 0, 4, True), Rows("b", 4, 6, 2, 5, True)]
+    some = step(batch, 0, spread=0.1)
+    # Position 3 of a prompt that ends at 5, and 5 and 7 of its completion: 7 is the loudest.
+    for row, loudness in ((5, 7.0), (7, 5.0), (9, 9.0)):
+        some.coordinates[row, 4] = loudness
+    scorer, readings = Scorer.of(with_sinks()), some.readings
+
+    def told(limit: float) -> dict[tuple[str, str, str], int | None]:
+        arguments = (readings, scorer.outside(readings), some.roles, some.batch)
+        scored = scorer.score(*arguments, threshold=lambda sequence, key: limit)
+        pairs = zip(some.batch, scored, strict=True)
+        return {(rows.sequence, one.detector, one.phase): one.first for rows, scores in pairs for one in scores}
+
+    found = told(3.0)
+    assert (found["b", "exceedance", "prompt"], found["b", "exceedance", "completion"]) == (3, 5)
+    assert found["a", "exceedance", "prompt"] is None
+    # At a decision there is one row, and it is where its score is.
+    assert told(0.0)["b", "density", "completion"] == 7
+    # The threshold is in force where it lies between two of them.
+    assert told(6.5)["b", "exceedance", "completion"] == 7
+    assert set(told(1e9).values()) == {None}
+
+
+def test_the_first_position_is_found_among_recalled_tokens_too() -> None:
+    scorer = Scorer.of(with_sinks())
+    values = torch.tensor([0.0, 2.0, 1.0, 3.0]).numpy()
+    (score,) = scorer.largest(values, torch.zeros(4, dtype=torch.int64).numpy(), 0, 9, lambda key: 0.5)
+    assert (score.position, score.first) == (3, 1)
+
+
 def test_density_reads_only_rows_that_are_sampled() -> None:
     batch = [Rows("chunk", 0, 4, 0, 9, False), Rows("last", 4, 3, 6, 9, True)]
     some = step(batch, 1, spread=0.1)

@@ -11,6 +11,7 @@ from server import cli
 
 from .conftest import Proxy
 from .fake_engine import FINGERPRINT, FakeEngine, Script
+from .fake_engine import status as status_of
 from .hosting import Host
 
 
@@ -27,8 +28,31 @@ def test_every_worker_and_every_check_is_told(
     assert code == 0
     assert [line for line in out.splitlines() if not line.startswith(" ")] == ["worker 0", "worker 1", "server"]
     assert out.count(FINGERPRINT) == 2
-    for told in ("layers             1 to 3", "density 0.002", "canary             ok", "from the prefix cache"):
+    for told in (
+        "layers             1 to 3",
+        "density 0.002",
+        "canary             ok",
+        "from the prefix cache",
+        "generation         1 (as started)",
+        "coverage           0 of 0 tokens\n",
+        "last canary        20",
+        ", scored, ",
+    ):
         assert told in out
+
+
+def test_coverage_is_of_all_tokens_seen_and_never_rounded_up(
+    alone: Proxy, engine: FakeEngine, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"tokens_scored": 999_900, "tokens_recalled": 99, "tokens_missed": 1, "generation": 3}
+    workers = tuple(worker.model_copy(update=counts) for worker in status_of().workers)
+    engine.status = status_of().model_copy(update={"workers": workers})
+    try:
+        _, out, _ = status(capsys, "--engine", played[1].url, "--no-server")
+    finally:
+        engine.status = status_of()
+    assert "coverage           999,999 of 1,000,000 tokens (99.99%)" in out
+    assert "generation         3\n" in out
 
 
 def test_as_json_it_is_both_answers_whole(
