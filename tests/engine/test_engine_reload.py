@@ -156,6 +156,15 @@ def test_a_change_that_another_one_came_between_is_refused_by_all() -> None:
     assert [worker.guards for worker in engine.workers] == [OLD, OLD]
 
 
+def test_what_was_prepared_is_gone_with_the_next_change_even_if_that_is_refused() -> None:
+    worker = Worker()
+    worker.handover.prepare("first", NEW.model_dump_json())
+    worker.refuses = BankError("another")
+    worker.handover.prepare("second", NEW.model_dump_json())
+    assert json.loads(worker.handover.commit("first"))["refusal"] is not None
+    assert worker.guards == OLD
+
+
 def test_workers_that_count_differently_are_told_of() -> None:
     engine = Engine()
     engine.workers[1].generation = 4
@@ -236,12 +245,13 @@ async def test_a_refusal_is_told_with_its_reason() -> None:
     assert (status, answer) == (409, {"error": "tuned.bank: layer 3 has 4 directions, expected 8"})
 
 
-async def test_a_client_that_leaves_does_not_leave_the_engine_paused() -> None:
+async def test_a_change_is_made_to_its_end_though_the_client_leaves() -> None:
     engine = Engine()
     call = asyncio.ensure_future(posted(engine, NEW.model_dump_json().encode()))
-    while "pause" not in engine.asked:
+    while not engine.asked:
         await asyncio.sleep(0)
     call.cancel()
     for _ in range(20):
         await asyncio.sleep(0)
-    assert engine.asked[-1] == "resume"
+    assert engine.asked == ["prepare", "pause", "commit", "reset", "resume"]
+    assert [worker.guards for worker in engine.workers] == [NEW, NEW]

@@ -85,6 +85,24 @@ def test_requests_that_run_through_a_change_are_answered_whichever_guard_they_na
     assert not any("error" in answer.text for answer in found)
 
 
+def test_a_request_that_runs_through_two_changes_may_name_the_one_between(
+    changing: tuple[FakeEngine, Host],
+) -> None:
+    engine, upstream = changing
+    with hosted(create_app(settings_for(upstream.url)), "on") as host, ThreadPoolExecutor(1) as pool:
+        proxy = Proxy(host)
+        assert proxy.get("/readyz").status_code == 200
+        engine.script = Script(token_delay_s=0.5)
+        change(engine, GUARDS["calibration"])
+        answer = pool.submit(proxy.post, CHAT, body(stream=True))
+        time.sleep(0.5)
+        last = "b" * 16
+        engine.status = status(last, calibration=OTHER, generation=3)
+        eventually(lambda: last in proxy.get("/metrics").text, 2)
+        assert not answer.done()
+        assert "error" not in answer.result().text
+
+
 def test_a_guard_that_the_settings_do_not_allow_is_no_change_that_passes(changing: tuple[FakeEngine, Host]) -> None:
     engine, upstream = changing
     with hosted(create_app(settings_for(upstream.url, fingerprint=FINGERPRINT)), "on") as host:
