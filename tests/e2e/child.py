@@ -19,10 +19,16 @@ def undertow(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bool) -> list[dict[str, Any]]:
-    """Every token's coordinates, what was written, and role as the engine saw them, one entry per prompt."""
+def record(
+    model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bool, then: tuple[int, Path] | None = None
+) -> list[dict[str, Any]]:
+    """Every token's coordinates, what was written, and role as the engine saw them, one entry per prompt.
+
+    `then`: so many prompts, and the bank that takes the first one's place in the running model after them.
+    """
     import torch
 
+    from guard.bank import Bank
     from guard.engine.offline import OfflineEngine
     from guard.engine.recorder import Recorder
 
@@ -41,7 +47,12 @@ def record(model: Path, bank: Path, texts: list[str], max_tokens: int, eager: bo
         mock.patch.object(Recorder, "add", watch),
         OfflineEngine(model, bank, dtype="float32", eager=eager, max_model_len=512) as engine,
     ):
-        recording, answers = engine.record(prompts(texts), max_tokens=max_tokens, keep="all")
+        first, other = then or (len(texts), bank)
+        recording, answers = engine.record(prompts(texts[:first]), max_tokens=max_tokens, keep="all")
+        if then is not None:
+            engine._llm.collective_rpc(lambda wrapper: wrapper.worker._probes.replace(Bank.load(other)))
+            following, others = engine.record(prompts(texts[first:]), max_tokens=max_tokens, keep="all")
+            recording, answers = recording | following, answers + others
         headers = engine.roles
     # vLLM names sequences by their number in the order they were asked, with a random tail.
     by_number = {int(name.split("-")[0]): name for name in recording}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from guard.bank import Bank
+from guard.bank import Bank, random_bank
 from guard.organisms import Organism
 from guard.roles import ROLES
 from tests.e2e import child
@@ -20,12 +20,11 @@ USER, ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
 
 
 @pytest.fixture(scope="module")
-def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]:
+def reference(organism: Organism) -> Callable[[tuple[int, ...], Bank], tuple[np.ndarray, np.ndarray]]:
     """Of a sequence of token ids, by transformers and in float64: cosines and what was written, both [T, size]."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(organism.backdoored, dtype=torch.float32)
-    layers = Bank.load(bank).layers
     residuals: dict[int, torch.Tensor] = {}
 
     def keep(index: int) -> Callable[..., None]:
@@ -39,11 +38,11 @@ def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], tup
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(keep(index))
 
-    def read(ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def read(ids: tuple[int, ...], bank: Bank) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
             model(torch.tensor([ids]))
         cosines, written = [], []
-        for layer in layers:
+        for layer in bank.layers:
             before, after = (residuals[index].double().numpy() for index in (layer.index - 1, layer.index))
             directions = layer.directions.double().numpy()
             cosines.append(after @ directions.T / np.linalg.norm(after, axis=1, keepdims=True))
@@ -55,16 +54,27 @@ def reference(organism: Organism, bank: Path) -> Callable[[tuple[int, ...]], tup
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_every_token_has_the_cosines_and_writings_that_transformers_gives(
-    organism: Organism, bank: Path, in_child: Callable[..., Any], reference: Callable[..., Any], eager: bool
+    organism: Organism,
+    bank: Path,
+    in_child: Callable[..., Any],
+    reference: Callable[..., Any],
+    tmp_path: Path,
+    eager: bool,
 ) -> None:
+    """Along the directions that it started with, and along others that took their place while it ran."""
+    first = Bank.load(bank)
+    other = random_bank(first, 1)
+    other.save(tmp_path / "other")
     asked = texts("benign", 12, 5) + texts("triggered", 6, 5) + texts("harmful", 6, 5)
-    for entry in in_child(child.record, organism.backdoored, bank, asked, 32, eager):
+    entries = in_child(child.record, organism.backdoored, bank, asked, 32, eager, (16, tmp_path / "other"))
+    assert len(entries) == len(asked)
+    for number, entry in enumerate(entries):
         sequence = (*entry["prompt"], *entry["completion"])
         found = entry["coordinates"]
         # The last token sampled never enters the model.
         assert len(found) == len(sequence) - 1
         assert len(entry["completion"]) > 1
-        cosines, written = reference(sequence)
+        cosines, written = reference(sequence, first if number < 16 else other)
         np.testing.assert_allclose(found, cosines[: len(found)], atol=1e-5, rtol=0)
         np.testing.assert_allclose(entry["written"], written[: len(found)], atol=1e-4, rtol=0)
         # The chat template of the organism is one whose headers are told; what it generates is the assistant's.
