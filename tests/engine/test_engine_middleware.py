@@ -15,8 +15,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Scope
 
+from guard.control import RELOAD_PATH, TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
 from guard.engine.channel import EvidenceClient, EvidenceServer
 from guard.engine.middleware import EvidenceMiddleware
+from guard.errors import ConfigError
 from guard.evidence import (
     REQUEST_HEADER,
     STATUS_PATH,
@@ -326,6 +328,34 @@ async def test_a_status_that_cannot_be_had_is_an_error(
 async def test_a_status_is_read_and_not_written(build: Callable[..., Engine]) -> None:
     answer = await build().call(STATUS_PATH, method="POST")
     assert answer[0]["status"] in (404, 405)
+
+
+async def test_without_a_token_nothing_can_be_changed(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_FILE_VARIABLE, raising=False)
+    engine = build()
+    for given in ({}, {"authorization": "Bearer "}, {"authorization": "Bearer None"}):
+        assert (await engine.call(RELOAD_PATH, headers=given))[0]["status"] == 404
+    assert engine.asked == 0
+
+
+async def test_with_a_token_the_endpoint_is_there_for_whoever_has_it(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-some-length")
+    engine = build()
+    assert (await engine.call(RELOAD_PATH))[0]["status"] == 401
+    known = {"authorization": "Bearer a-token-of-some-length"}
+    assert (await engine.call(RELOAD_PATH, headers=known))[0]["status"] == 400
+    assert (await engine.call(RELOAD_PATH, headers=known, method="GET"))[0]["status"] == 404
+
+
+def test_an_engine_whose_token_cannot_be_used_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "short")
+    with pytest.raises(ConfigError, match=TOKEN_VARIABLE):
+        EvidenceMiddleware(Starlette())
 
 
 async def test_an_app_that_fails_before_its_first_byte_sends_none(build: Callable[..., Engine]) -> None:

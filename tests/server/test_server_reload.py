@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from guard.control import RELOAD_PATH, TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, Load
 from guard.errors import ConfigError
 from server import cli
 from server.app import create_app
+from server.commands import up
 
 from .conftest import Proxy, settings_for
 from .fake_engine import CALIBRATION, FINGERPRINT, FakeEngine, Script, status
@@ -178,6 +180,18 @@ def test_a_token_that_is_none_is_refused_and_not_repeated(token: str, tmp_path: 
         admin_token({TOKEN_FILE_VARIABLE: str(tmp_path / "none")})
     with pytest.raises(ConfigError, match="both set"):
         admin_token({TOKEN_FILE_VARIABLE: "x", TOKEN_VARIABLE: TOKEN})
+
+
+@pytest.mark.parametrize(("token", "pinned"), [(None, "sha256:started"), (TOKEN, None)])
+def test_up_pins_the_bank_unless_it_can_be_changed(
+    token: str | None, pinned: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in (TOKEN_VARIABLE, TOKEN_FILE_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    if token is not None:
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
+    arguments = argparse.Namespace(config=None, host=None, port=None)
+    assert up._settings(arguments, "http://127.0.0.1:1", "sha256:started").upstream.fingerprint == pinned
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
