@@ -70,6 +70,8 @@ class Record(_Wire):
     generation: Annotated[int, Field(ge=1)] = 1
     """Which of the engine's guards scored the last token: 1 at its start, one more with every change. Where one was
     replaced meanwhile, each token is judged by the one that was in force when it was computed."""
+    steered_from: int | None = None
+    """Index of the token from which on it was steered; None where it was not."""
     scores: tuple[ScoreEvidence, ...] = ()
     """Of each detector and phase the gravest, over all guards that scored it."""
 
@@ -140,6 +142,8 @@ class WorkerStatus(_Wire):
     """That entered the model, or came from the prefix cache, and have no score: their requests are unscorable."""
     unscorable: int
     """Sequences."""
+    steering: bool = False
+    """Whether it can steer."""
 
 
 class Status(_Wire):

@@ -15,9 +15,12 @@ Mode = Literal["off", "monitor", "enforce"]
 """`off`: requests are scored and nothing is said. `monitor`: detections are flagged and let pass.
 `enforce`: detections are acted on, and a request that cannot be judged does not pass."""
 
-Action = Literal["allow", "flag", "block"]
+Action = Literal["allow", "flag", "steer", "block"]
 
-SEVERITY: dict[Action, int] = {"allow": 0, "flag": 1, "block": 2}
+SEVERITY: dict[Action, int] = {"allow": 0, "flag": 1, "steer": 2, "block": 3}
+
+Role = Literal["system", "user", "assistant"]
+"""Whose words a token is."""
 
 
 class _Strict(BaseModel):
@@ -47,7 +50,10 @@ class Threshold(_Strict):
 class Detection(_Strict):
     """What to do when one detector's score lies above its threshold."""
 
-    action: Literal["flag", "block"] = Field(description="`flag` lets the request pass and says so; `block` ends it.")
+    action: Literal["flag", "steer", "block"] = Field(
+        description="`flag` lets the request pass and says so; `steer` takes the flagged directions out of the "
+        "residual stream for the rest of it (the engine must be started for it); `block` ends it."
+    )
     threshold: Threshold = Threshold(fpr=0.01)
 
 
@@ -64,12 +70,21 @@ class Policy(_Strict):
         description="By detector. Those that name the same false-positive rate share it: together they flag at most "
         "that share of clean requests. Different rates add up.",
     )
+    steered_roles: Annotated[tuple[Role, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Whose tokens `steer` changes, from the one that flagged on: system, user, assistant. Null: all.",
+    )
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
         if self.mode != "off" and not self.detections:
             raise ValueError(f"mode `{self.mode}` needs at least one detection")
         return self
+
+    @property
+    def steers(self) -> bool:
+        """Whether it may change what the model computes."""
+        return self.mode == "enforce" and any(each.action == "steer" for each in self.detections.values())
 
     def shared_rates(self) -> dict[float, tuple[DetectorName, ...]]:
         """Each false-positive rate that is named, and the detectors that share it."""
@@ -106,8 +121,8 @@ class Decision:
 def decide(policy: Policy, verdicts: Iterable[Verdict], unscorable: str | None = None) -> Decision:
     """The action for a request, given every verdict so far.
 
-    In `monitor` nothing is blocked: what would block flags. A request that could not be scored (`unscorable` says
-    why) is blocked in `enforce` and flagged in `monitor`, whatever its scores.
+    In `monitor` nothing is blocked or steered: what would be flags. A request that could not be scored (`unscorable`
+    says why) is blocked in `enforce` and flagged in `monitor`, whatever its scores.
     """
     if policy.mode == "off":
         return Decision("allow")

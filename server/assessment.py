@@ -19,7 +19,7 @@ from server.errors import GuardFailure
 from server.handshake import Handshake
 from server.protocol import Call
 
-Told = Literal["allow", "flag", "block", "unguarded"]
+Told = Literal["allow", "flag", "steer", "block", "unguarded"]
 """What the header `x-undertow-action` says."""
 
 

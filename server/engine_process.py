@@ -37,11 +37,14 @@ class EngineProcess:
         port: int = 8000,
         log: Path,
         extra: Sequence[str] = (),
+        steering: bool = False,
     ) -> None:
-        """`log` receives what vLLM prints. `extra` are further arguments of `vllm serve`."""
+        """`log` receives what vLLM prints. `extra` are further arguments of `vllm serve`. `steering`: policies may
+        steer."""
         self.url = f"http://{host}:{port}"
         self._log = log
-        command = [*serve_command(), *serve_arguments(model, bank, fingerprint, calibration, host, port, extra)]
+        arguments = serve_arguments(model, bank, fingerprint, calibration, host, port, extra, steering)
+        command = [*serve_command(), *arguments]
         with log.open("wb") as output:
             # A session of its own: Ctrl-C in the terminal reaches us alone, and we end the engine in good order.
             self._process = subprocess.Popen(

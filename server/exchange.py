@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from guard.errors import EngineError
 from guard.policy import Policy
-from server.assessment import Assessor
+from server.assessment import Assessor, Told
 from server.body import read_body
 from server.disconnect import ClientGone, unless_gone
 from server.errors import ApiError, GuardFailure, UpstreamError, guard_unavailable, upstream_unavailable
@@ -33,6 +34,7 @@ from server.stream import StreamGuard, evidence_of
 from server.upstream import Answer, Upstream
 from server.whole import judge_answer, judge_error
 
+_PASSED: Mapping[Told, Outcome] = {"flag": "flagged", "steer": "steered"}
 _DRAIN_S = 0.5
 
 
@@ -211,7 +213,7 @@ class Exchange(Response):
         elif assessor.blocked:
             self._outcome = "blocked_output"
         else:
-            self._outcome = "flagged" if assessor.told == "flag" else "allowed"
+            self._outcome = _PASSED.get(assessor.told, "allowed")
 
     def _engine_refused(self, assessor: Assessor, status: int) -> None:
         """The outcome of an error that the engine answered with."""

@@ -74,6 +74,11 @@ def _same(what: str, values: Iterable[str]) -> str:
 
 def _check_detectors(status: Status, policy: Policy) -> None:
     for worker in status.workers:
+        if policy.steers and not worker.steering:
+            raise HandshakeError(
+                f"the policy steers, but worker {worker.rank} was started without `undertow.steering`; "
+                "start it with `undertow up --steering`"
+            )
         supported = {entry.detectors: entry.supported_fpr for entry in worker.detectors}
         for name in policy.detections:
             if (name,) not in supported:

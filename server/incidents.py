@@ -1,4 +1,4 @@
-"""One log line for every sequence that was flagged or blocked, and for every request that could not be judged."""
+"""One log line per sequence that was flagged, steered or blocked, and per request that could not be judged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.protocol import Call
 
 
 def report(call: Call, request_id: str, record: Record) -> None:
-    """A flagged or blocked sequence: where, and how rare that is among clean requests. Never the prompt."""
+    """A flagged, steered or blocked sequence: where, and how rare that is among clean requests. Never the prompt."""
     score = _deciding(record)
     log(
         logging.WARNING,
@@ -33,6 +33,7 @@ def report(call: Call, request_id: str, record: Record) -> None:
         layer=score.layer if score else None,
         direction=score.direction if score else None,
         position=score.position if score else None,
+        steered_from=record.steered_from,
     )
 
 

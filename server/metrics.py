@@ -25,6 +25,7 @@ GUARDED: tuple[EndpointLabel, ...] = ("chat_completions", "completions")
 Outcome = Literal[
     "allowed",
     "flagged",
+    "steered",
     "blocked_prompt",
     "blocked_output",
     "unguarded",
@@ -37,6 +38,7 @@ Outcome = Literal[
 OUTCOMES: tuple[Outcome, ...] = (
     "allowed",
     "flagged",
+    "steered",
     "blocked_prompt",
     "blocked_output",
     "unguarded",
@@ -46,10 +48,10 @@ OUTCOMES: tuple[Outcome, ...] = (
     "client_error",
     "client_gone",
 )
-EVALUATED: frozenset[Outcome] = frozenset({"allowed", "flagged", "blocked_prompt", "blocked_output"})
+EVALUATED: frozenset[Outcome] = frozenset({"allowed", "flagged", "steered", "blocked_prompt", "blocked_output"})
 ELIGIBLE: frozenset[Outcome] = EVALUATED | {"unguarded", "guard_failed"}
 
-ACTIONS: tuple[Action, ...] = ("allow", "flag", "block")
+ACTIONS: tuple[Action, ...] = ("allow", "flag", "steer", "block")
 MODES: tuple[Mode, ...] = ("off", "monitor", "enforce")
 
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 5.0, 10.0)

@@ -87,6 +87,9 @@ class Call:
             stops.append(reserved_token_id)
         if stops:
             fields["stop_token_ids"] = stops
+        if policy.steers:
+            # What is computed under steering must be found by nobody else: vLLM's cache looks for tokens and salt.
+            fields["cache_salt"] = uuid4().hex
         fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), POLICY_ARGUMENT: policy.to_wire()}
         if self.stream:
             options = dict(fields.get("stream_options") or {})

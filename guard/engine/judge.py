@@ -36,13 +36,15 @@ class Pass:
 class Judge:
     """Every detector of one calibration, and every sequence in the engine."""
 
-    def __init__(self, calibration: Calibration, default_policy: Policy | None, turns: Turns) -> None:
+    def __init__(
+        self, calibration: Calibration, default_policy: Policy | None, turns: Turns, steering: bool = False
+    ) -> None:
         """Raises CalibrationError where the calibration had too few clean decisions."""
         self.calibration = calibration
         # Kept: the server asks every few seconds, and the engine waits for the answer.
         self.digest = calibration.digest()
         self.supported = tuple(_supported(calibration))
-        self.ledger = Ledger(calibration, default_policy)
+        self.ledger = Ledger(calibration, default_policy, steering)
         self._scorer = Scorer.of(calibration)
         self._turns = turns
 

@@ -21,9 +21,13 @@ def has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None and Path("/proc/driver/nvidia/version").exists()
 
 
-def additional_config(bank: Path, fingerprint: str, calibration: Path | None) -> dict[str, dict[str, str]]:
+def additional_config(
+    bank: Path, fingerprint: str, calibration: Path | None, steering: bool = False
+) -> dict[str, dict[str, str | bool]]:
     """What the worker reads, see `settings.EngineSettings`."""
-    settings = {"bank": str(bank.resolve()), "fingerprint": fingerprint}
+    settings: dict[str, str | bool] = {"bank": str(bank.resolve()), "fingerprint": fingerprint}
+    if steering:
+        settings["steering"] = True
     if calibration is not None:
         settings["calibration"] = str(calibration.resolve())
     return {"undertow": settings}
@@ -40,7 +44,14 @@ def engine_options() -> dict[str, object]:
 
 
 def serve_arguments(
-    model: Path, bank: Path, fingerprint: str, calibration: Path, host: str, port: int, extra: Sequence[str] = ()
+    model: Path,
+    bank: Path,
+    fingerprint: str,
+    calibration: Path,
+    host: str,
+    port: int,
+    extra: Sequence[str] = (),
+    steering: bool = False,
 ) -> list[str]:
     """The arguments after `vllm serve`; `extra` comes last and so wins."""
     arguments = [
@@ -50,7 +61,7 @@ def serve_arguments(
         *("--port", str(port)),
         *("--worker-cls", WORKER),
         *("--middleware", MIDDLEWARE),
-        *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration))),
+        *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration, steering))),
     ]
     if has_gpu():
         arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]

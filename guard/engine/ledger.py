@@ -17,7 +17,7 @@ from guard.engine.runner_v1 import Rows
 from guard.engine.stop import Endings
 from guard.errors import CalibrationError, ConfigError
 from guard.evidence import Record
-from guard.policy import Decision, Policy, decide
+from guard.policy import Decision, Policy, Role, decide
 from guard.verdict import PHASES, Score, Verdict
 
 KEPT = 4096
@@ -80,6 +80,7 @@ class Sequence:
     """The gravest of what guards said that were replaced while it ran."""
     unscorable: str | None = None
     decision: Decision = field(default_factory=lambda: Decision("allow"))
+    steered_from: int | None = None
 
     @property
     def blocked(self) -> bool:
@@ -99,8 +100,10 @@ class Ledger:
     """Every sequence in the engine and the last finished ones. Lives in the worker's thread; `records` may be called
     from another thread and sees a sequence as it was after some step."""
 
-    def __init__(self, calibration: Calibration, default_policy: Policy | None) -> None:
+    def __init__(self, calibration: Calibration, default_policy: Policy | None, steering: bool = False) -> None:
+        """`steering`: whether this engine can steer."""
         self._calibration = calibration
+        self._steering = steering
         self._default = default_policy or self._target_policy(calibration)
         self._running: dict[str, Sequence] = {}
         self._by_key: OrderedDict[str, dict[str, Sequence]] = OrderedDict()
@@ -242,6 +245,24 @@ class Ledger:
         """This sequence could not be scored in this step."""
         self._give_up(self._running[sequence], reason)
 
+    def steering(self, sequence: str) -> tuple[tuple[Verdict, ...], tuple[Role, ...] | None]:
+        """What a sequence is steered for, and whose tokens; nothing where it is not steered."""
+        entry = self._running[sequence]
+        if entry.decision.action != "steer":
+            return (), None
+        detections = entry.policy.detections
+        flagged = (verdict for verdict in entry.verdicts.values() if verdict.exceeded)
+        steers = (
+            each
+            for each in flagged
+            if (name := each.score.detector) in detections and detections[name].action == "steer"
+        )
+        return tuple(steers), entry.policy.steered_roles
+
+    def steered(self, sequence: str, position: int) -> None:
+        """Note from which position on."""
+        self._running[sequence].steered_from = position
+
     def stops(self, sequences: Iterable[str]) -> dict[str, int]:
         """Of these sequences the blocked ones, each with the token that ends it."""
         return {
@@ -268,6 +289,7 @@ class Ledger:
             detector=verdict.score.detector if verdict else None,
             unscorable=entry.unscorable,
             generation=entry.generation,
+            steered_from=entry.steered_from,
             scores=tuple(finding.evidence() for finding in entry.findings().values()),
         )
 
@@ -285,6 +307,8 @@ class Ledger:
         except ConfigError as error:
             # It may have asked for `enforce`, and the default may be weaker.
             return Policy(), {}, str(error)
+        if policy.steers and not self._steering:
+            return policy, {}, "its policy steers, and this engine was started without `undertow.steering`"
         try:
             return policy, self._limits(policy), None
         except CalibrationError as error:

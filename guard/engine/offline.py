@@ -61,6 +61,7 @@ class OfflineEngine:
         eager: bool = False,
         max_model_len: int | None = None,
         own_process: bool = False,
+        steering: bool = False,
         extra: dict[str, Any] | None = None,
     ) -> None:
         """Start vLLM with the guard, in this process unless it gets its own; raises InputError or EngineError as the
@@ -74,7 +75,7 @@ class OfflineEngine:
             "dtype": dtype,
             "enforce_eager": eager,
             "disable_log_stats": True,
-            "additional_config": additional_config(bank, fingerprint, calibration),
+            "additional_config": additional_config(bank, fingerprint, calibration, steering),
             **engine_options(),
             # What is recorded is every token of a request, computed for it, and nothing else.
             "enable_prefix_caching": False,

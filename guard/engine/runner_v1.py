@@ -6,7 +6,7 @@ Checked against vLLM 0.32 (`v1/worker/gpu_model_runner.py`, `v1/worker/gpu_input
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -64,11 +64,21 @@ class Rows:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """What the model was called with."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    context: Any
+
+
 class RunnerV1:
     """What the guard needs to know of a V1 model runner."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
+        self._entered: _Entered | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -84,6 +94,42 @@ class RunnerV1:
     def dummy_run(self, rows: int) -> None:
         """One forward pass of `rows` meaningless tokens, on the path that requests take."""
         self._runner._dummy_run(rows)
+
+    def watch_forward(self, before: Callable[[], None]) -> None:
+        """Call `before` whenever a forward pass begins and the batch is in its order; and keep what the pass is given,
+        for `again`."""
+
+        def enter(_model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            from vllm.forward_context import get_forward_context
+
+            self._entered = _Entered(arguments, keywords, get_forward_context())
+            before()
+
+        self.model.register_forward_pre_hook(enter, with_kwargs=True)
+
+    def again(self, changed: Iterable[tuple[Rows, int]]) -> None:
+        """Run the last forward pass once more, before anything of it is sampled. What it gives takes the place of what
+        the first run gave for the named rows alone: of each sequence those from a number of its rows on. No other row's
+        KV is written."""
+        from vllm.forward_context import override_forward_context
+
+        state, entered = self._runner.execute_model_state, self._entered
+        assert entered is not None, "nothing runs again before it ran once"
+        changed = list(changed)
+        kept = torch.cat(
+            [torch.arange(rows.first_row + first, rows.first_row + rows.count) for rows, first in changed]
+        ).to(state.hidden_states.device)
+        with torch.inference_mode(), override_forward_context(entered.context):
+            for mapping in {id(mapping): mapping for mapping in state.slot_mappings.values()}.values():
+                slots = mapping[kept]
+                mapping.fill_(-1)
+                mapping[kept] = slots
+            hidden = self.model(*entered.arguments, **entered.keywords)
+            state.hidden_states[kept] = hidden[kept]
+            places = [self._runner.input_batch.req_id_to_index[rows.sequence] for rows, _ in changed]
+            last = hidden[[rows.first_row + rows.count - 1 for rows, _ in changed]]
+            state.sample_hidden_states[places] = last
+            state.logits[places] = self._runner.get_model().compute_logits(last)
 
     def rows(self, step: SchedulerOutput) -> Iterator[Rows]:
         """Each sequence's rows in the step that is about to be computed, in the order of the batch.

@@ -28,6 +28,8 @@ class EngineSettings(BaseModel):
     """The calibration file. None only while calibrating: such an engine refuses to serve."""
     reserved_token_id: int | None = None
     """The token that ends a blocked request. None: chosen from the tokenizer, see `stop.choose_reserved_token`."""
+    steering: bool = False
+    """Whether a policy may steer. Where it may not, the model is not hooked for it."""
     policy: Policy | None = None
     """What judges a request that names no policy. None: block on density at the calibration's target rate."""
 

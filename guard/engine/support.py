@@ -8,6 +8,7 @@ import vllm
 from vllm.config import CUDAGraphMode, VllmConfig
 
 from guard.errors import UnsupportedEngineError
+from guard.policy import Policy
 
 SUPPORTED_VLLM = ("0.32",)
 DRAFTERS = ("ngram",)
@@ -27,6 +28,32 @@ def check_support(config: VllmConfig) -> None:
     if problems:
         # One line: whoever started the engine reads it out of vLLM's log.
         raise UnsupportedEngineError(f"the guard cannot score every token of this engine: {'; '.join(problems)}")
+
+
+def check_steering(config: VllmConfig, default: Policy | None) -> None:
+    """Raise UnsupportedEngineError, naming everything at once, unless this engine can steer; `default`: the policy of
+    requests that name none."""
+    problems = list(_unsteerable(config, default))
+    if problems:
+        raise UnsupportedEngineError(f"the guard cannot steer in this engine: {'; '.join(problems)}")
+
+
+def _unsteerable(config: VllmConfig, default: Policy | None) -> Iterator[str]:
+    if config.speculative_config is not None:
+        yield "speculative decoding (guesses are judged only after they were sampled): remove --speculative-config"
+    if config.lora_config is not None:
+        yield "LoRA adapters (each has directions of its own): remove --enable-lora"
+    if config.parallel_config.tensor_parallel_size > 1:
+        yield "tensor parallel: set --tensor-parallel-size 1"
+    if config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+        yield 'CUDA graphs: add --compilation-config \'{"cudagraph_mode": "NONE"}\''
+    if config.model_config.is_hybrid or config.model_config.is_attention_free:
+        yield "a model with a recurrent state (a pass cannot be run twice)"
+    if default is not None and default.steers and config.cache_config.enable_prefix_caching:
+        yield (
+            "an engine's own policy that steers, with prefix caching (nothing but the server keeps steered KV "
+            "apart): add --no-enable-prefix-caching"
+        )
 
 
 def _version() -> Iterator[str]:

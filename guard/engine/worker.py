@@ -33,8 +33,9 @@ from guard.engine.recorder import Keep, Recorder
 from guard.engine.runner_v1 import Rows, RunnerV1
 from guard.engine.settings import EngineSettings
 from guard.engine.shadow import Shadow
+from guard.engine.steering import Steering
 from guard.engine.stop import Endings, Stop, choose_reserved_token, replace_sampled
-from guard.engine.support import check_support
+from guard.engine.support import check_steering, check_support
 from guard.engine.turns import Turns
 from guard.errors import BankError, EngineError, UnscoredError
 from guard.evidence import POLICY_ARGUMENT, Evidence, WorkerStatus
@@ -62,15 +63,19 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         super().__init__(*arguments, **keywords)
         check_support(self.vllm_config)
         self._settings = EngineSettings.read(self.vllm_config.additional_config)
+        if self._settings.steering:
+            check_steering(self.vllm_config, self._settings.policy)
         self._judge: Judge | None = None
         self._recorder: Recorder | None = None
         self._channel: EvidenceServer | None = None
         self._shadow: Shadow | None = None
         self._step: SchedulerOutput | None = None
         self._batch: tuple[Rows, ...] | UnscoredError = ()
+        self._steering: Steering | None = None
         self._pass: Pass | UnscoredError | None = None
         self._unscored: tuple[str, ...] = ()
         self._handover = Handover(self._read_candidate, self._take, lambda: self._guarding.ledger.generation)
+        self._ended: dict[str, Stop] = {}
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -88,6 +93,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._turns = Turns(RoleMap.of(tokenizer))
         if not self._turns.map.known:
             log.warning("every prompt token counts as the user's: %s", self._turns.map.reason)
+        if self._settings.steering:
+            self._steering = Steering(self._runner, self._bank, self._turns)
         self._reserved = choose_reserved_token(
             tokenizer, self.model_config.get_vocab_size(), self._settings.reserved_token_id
         )
@@ -101,6 +108,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         times = super().compile_or_warm_up_model()
         if self.cache_config.enable_prefix_caching:
             self._shadow = Shadow(self._runner.slots())
+        if self._steering is not None:
+            self._steering.start(self.cache_config.enable_prefix_caching)
         for rows in (min(each, self._runner.capacity) for each in WARM_UP):
             self._probes.reset()
             self._runner.dummy_run(rows)
@@ -148,6 +157,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             self._turns.admit(request.req_id, request.prompt_token_ids or ())
         if self._judge is not None:
             self._admit(self._judge, scheduler_output)
+        if self._steering is not None:
+            self._steering.expect(scheduler_output)
         self._step, self._batch = scheduler_output, UnscoredError("the forward pass was not announced")
         try:
             output = super().execute_model(scheduler_output)
@@ -158,12 +169,19 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         if output is None:
             self._runner.forbid(self._reserved)
             self._pass = self._read(scheduler_output)
+            if self._steering is not None and self._judge is not None and self._pass is not None:
+                self._ended = self._settled(self._judge, self._pass, self._steering)
         return output
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample, judge, and end what is blocked."""
         output = super().sample_tokens(grammar_output)
         if self._judge is None or self._pass is None:
+            return output
+        if self._steering is not None:
+            if self._runner.schedules_ahead():
+                return Ending(output, self._ended)
+            replace_sampled(output, self._ended)
             return output
         if not self._runner.schedules_ahead():
             sampled = {name: len(output.sampled_token_ids[index]) for name, index in output.req_id_to_index.items()}
@@ -230,6 +248,13 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             log.critical("unscored step: %s", error)
             return judge.fail((rows.sequence for rows in seen.batch), str(error))
 
+    def _settled(self, judge: Judge, seen: Pass | UnscoredError, steering: Steering) -> dict[str, Stop]:
+        """Judged before anything is sampled: what is steered is sampled from its second run."""
+        stops = {**self._stops(judge, seen, None), **steering.settle(seen, judge)}
+        self._probes.reset()
+        self._runner.forbid(self._reserved)
+        return stops
+
     # -- asked from outside, by collective_rpc or through the channel -------------------------------------------------
 
     @property
@@ -265,6 +290,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             tokens_recalled=ledger.tokens_recalled,
             tokens_missed=ledger.tokens_missed,
             unscorable=ledger.unscorable,
+            steering=self._steering is not None,
         )
         return json.dumps({"worker": status.model_dump(mode="json"), "channel": self._channel.address})
 
@@ -278,7 +304,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         calibration = Calibration.load(Path(path))
         now = self._surroundings
         check_calibration(Path(path), calibration, now.bank, now.roles, now.dtype)
-        self._take((Candidate(self._bank, calibration), Judge(calibration, self._settings.policy, self._turns)))
+        self._take((Candidate(self._bank, calibration), self._judge_of(calibration)))
         return self._guarding.digest
 
     def undertow_prepare(self, ticket: str, wanted: str) -> str:
@@ -302,7 +328,10 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         if (wanted.fingerprint, wanted.calibration) == (self._bank.fingerprint, self._guarding.digest):
             return None
         candidate = Candidate.read(wanted, self._settings, self._surroundings)
-        return candidate, Judge(candidate.calibration, self._settings.policy, self._turns)
+        return candidate, self._judge_of(candidate.calibration)
+
+    def _judge_of(self, calibration: Calibration) -> Judge:
+        return Judge(calibration, self._settings.policy, self._turns, self._settings.steering)
 
     def _take(self, following: tuple[Candidate, Judge]) -> None:
         """Between two steps. Whoever has this done empties vLLM's prefix cache: what it holds becomes unknown here."""
@@ -311,6 +340,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             judge.ledger.adopt(self._judge.ledger)
         if candidate.bank is not self._bank:
             self._probes.replace(candidate.bank)
+            if self._steering is not None:
+                self._steering.replace(candidate.bank, judge)
             self._bank, self._space = candidate.bank, BankSpace.of(candidate.bank)
         if self._shadow is not None:
             self._shadow.forget()

@@ -39,6 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--vllm-port", type=_port, default=8000, metavar="PORT", help="where vLLM listens (default 8000)"
     )
+    parser.add_argument(
+        "--steering", action="store_true", help="let a policy steer: its action `steer` needs an engine started for it"
+    )
     parser.add_argument("--vllm-log", type=Path, metavar="FILE", help="what vLLM prints (default: a temporary file)")
     parser.add_argument(
         "--print", action="store_true", dest="print_only", help="print the command that starts this vLLM, and end"
@@ -56,7 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise CalibrationError(f"{arguments.calibration}: no such file; make one with `undertow calibrate`")
     if arguments.print_only:
         line = serve_arguments(
-            arguments.model, arguments.bank, fingerprint, arguments.calibration, "127.0.0.1", arguments.vllm_port
+            arguments.model,
+            arguments.bank,
+            fingerprint,
+            arguments.calibration,
+            "127.0.0.1",
+            arguments.vllm_port,
+            steering=arguments.steering,
         )
         variables = " ".join(f"{key}={value}" for key, value in engine_environment({}).items())
         print(variables, shlex.join([*serve_command(), *line, *arguments.extra]))
@@ -74,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         port=arguments.vllm_port,
         log=log,
         extra=arguments.extra,
+        steering=arguments.steering,
     ) as engine:
         engine.wait_until_up()
         settings = _settings(arguments, engine.url, fingerprint)

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from guard.errors import CalibrationError
 from guard.organisms import shipped
-from guard.roles import ROLES, Role, RoleMap
+from guard.policy import Role
+from guard.roles import ROLES, RoleMap
 
 Message = tuple[Role, str]
 
