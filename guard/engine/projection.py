@@ -166,8 +166,10 @@ class Projection:
 
         Raises UnscoredError, and then nothing is taken out, where more sets are wanted than there is room for.
         """
-        plan = [part for part in steered if len(part.rows)]
         self._chosen.zero_()
+        # Runs before this one were nobody's concern: those of profiling and warm-up.
+        self._counts = self._counted()
+        plan = [part for part in steered if len(part.rows)]
         places = self._placed({part.directions for part in plan})
         first = 0
         for part in plan:
@@ -176,8 +178,6 @@ class Projection:
             self._sets[first:last] = places[part.directions]
             first = last
         self._chosen.fill_(first)
-        # Runs that nobody asked of are those of profiling and warm-up.
-        self._counts = self._counted()
         return first
 
     def check(self, rows: int) -> None:

@@ -74,13 +74,17 @@ def test_the_worker_reads_what_the_launch_writes(tmp_path: Path) -> None:
     assert settings == EngineSettings(
         bank=tmp_path / "bank", fingerprint="sha256:x", calibration=tmp_path / "calibration"
     )
-    assert "calibration" not in launch.additional_config(tmp_path, "x", None)["undertow"]
+    bare = launch.additional_config(tmp_path, "x", None)["undertow"]
+    assert bare.keys() == {"bank", "fingerprint"}
+    steering = launch.additional_config(tmp_path, "x", None, steering=True)
+    assert not settings.steering
+    assert EngineSettings.read(steering).steering
 
 
 def test_relative_paths_are_made_absolute_for_a_worker_that_starts_elsewhere() -> None:
     written = launch.additional_config(Path("bank"), "x", Path("calibration"))["undertow"]
-    assert Path(written["bank"]).is_absolute()
-    assert Path(written["calibration"]).is_absolute()
+    assert Path(str(written["bank"])).is_absolute()
+    assert Path(str(written["calibration"])).is_absolute()
 
 
 def test_vllm_is_started_with_this_python() -> None:

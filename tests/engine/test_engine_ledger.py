@@ -126,6 +126,53 @@ def test_one_who_names_no_policy_is_judged_by_the_engines_or_at_the_calibrations
         assert record(book).mode == "enforce"
 
 
+def steering(some: Policy, steers: bool = True) -> Ledger:
+    """A ledger of an engine that can steer, with one sequence in it."""
+    book = Ledger(calibration(), None, steers)
+    book.admit(SEQUENCE, some.to_wire(), Endings(STOP))
+    return book
+
+
+def test_a_steered_sequence_goes_on_and_says_what_for() -> None:
+    book = steering(policy(action="steer", raw=10.0).model_copy(update={"steered_roles": ("assistant",)}))
+    assert book.steering(SEQUENCE) == ((), None)
+    book.score(SEQUENCE, [a_score(11.0)])
+    (found,), roles = book.steering(SEQUENCE)
+    assert (found.score, roles) == (a_score(11.0), ("assistant",))
+    book.steered(SEQUENCE, 3)
+    assert book.stops([SEQUENCE]) == {}
+    assert (record(book).action, record(book).steered_from, record(book).detector) == ("steer", 3, "density")
+
+
+def test_only_detections_that_steer_give_directions_and_a_block_gives_none() -> None:
+    threshold = {"raw": 10.0}
+    some = {"density": "steer", "intrinsic": "flag", "exceedance": "block"}
+    book = steering(
+        Policy.model_validate(
+            {"detections": {name: {"action": what, "threshold": threshold} for name, what in some.items()}}
+        )
+    )
+    book.score(SEQUENCE, [a_score(11.0), a_score(12.0, "intrinsic"), a_score(9.0, phase="completion")])
+    assert [each.score for each in book.steering(SEQUENCE)[0]] == [a_score(11.0)]
+    book.score(SEQUENCE, [a_score(11.0, "exceedance")])
+    assert book.steering(SEQUENCE) == ((), None)
+    assert record(book).action == "block"
+
+
+def test_what_an_engine_cannot_steer_does_not_pass_unsteered() -> None:
+    book = steering(policy(action="steer"), steers=False)
+    assert record(book).action == "block"
+    assert record(book).unscorable == "its policy steers, and this engine was started without `undertow.steering`"
+    assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
+
+
+def test_in_monitor_nothing_is_steered_and_every_engine_will_do() -> None:
+    book = steering(policy("monitor", "steer", raw=10.0), steers=False)
+    book.score(SEQUENCE, [a_score(11.0)])
+    assert (record(book).action, record(book).unscorable) == ("flag", None)
+    assert book.steering(SEQUENCE) == ((), None)
+
+
 def test_a_sequence_once_blocked_stays_blocked_for_its_first_reason() -> None:
     book = admitted(policy(raw=10.0))
     book.score(SEQUENCE, [a_score(11.0)])

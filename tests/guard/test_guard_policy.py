@@ -29,7 +29,7 @@ def policy(mode: Mode, **actions: str) -> Policy:
 
 @pytest.mark.parametrize("unscorable", [None, "", "a reason"])
 @pytest.mark.parametrize("exceeded", [False, True])
-@pytest.mark.parametrize("action", ["flag", "block"])
+@pytest.mark.parametrize("action", ["flag", "steer", "block"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_decision_follows_from_mode_action_and_verdict(
     mode: Mode, action: str, exceeded: bool, unscorable: str | None
@@ -51,14 +51,15 @@ def test_the_decision_follows_from_mode_action_and_verdict(
 
 @given(
     st.lists(st.tuples(st.sampled_from(DETECTORS), st.floats())),
-    st.sampled_from(["flag", "block"]),
+    st.sampled_from(["flag", "steer", "block"]),
     st.one_of(st.none(), st.text()),
 )
 def test_monitor_never_blocks_and_off_says_nothing(
     scores: list[tuple[DetectorName, float]], action: str, unscorable: str | None
 ) -> None:
     verdicts = [a_verdict(value, 1.0, detector) for detector, value in scores]
-    assert decide(policy("monitor", density=action, exceedance="block"), verdicts, unscorable).action != "block"
+    said = decide(policy("monitor", density=action, exceedance="block"), verdicts, unscorable).action
+    assert said in ("allow", "flag")
     assert decide(policy("off", density=action, exceedance="block"), verdicts, unscorable).action == "allow"
 
 
@@ -75,6 +76,33 @@ def test_the_most_severe_verdict_wins_in_any_order(order: tuple[int, ...]) -> No
     assert decision.action == "block"
     assert decision.verdict == verdicts[1]
     assert "density in the prompt" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("density", "exceedance", "action"),
+    [("steer", "flag", "steer"), ("steer", "block", "block"), ("flag", "steer", "steer"), ("block", "steer", "block")],
+)
+def test_steering_is_more_than_flagging_and_less_than_blocking(density: str, exceedance: str, action: str) -> None:
+    verdicts = [a_verdict(2.0, detector="density"), a_verdict(2.0, detector="exceedance")]
+    for order in (verdicts, verdicts[::-1]):
+        assert decide(policy("enforce", density=density, exceedance=exceedance), order).action == action
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_enforce_steers(mode: Mode) -> None:
+    assert policy(mode, density="flag", exceedance="steer").steers == (mode == "enforce")
+    assert not policy(mode, density="flag", exceedance="block").steers
+
+
+def test_whose_tokens_are_steered_travels_with_the_policy() -> None:
+    some = Policy.model_validate(
+        {"detections": {"density": {"action": "steer"}}, "steered_roles": ["user", "assistant"]}
+    )
+    assert Policy.from_wire(some.to_wire()) == some
+    assert "steered_roles" not in policy("enforce", density="steer").to_wire()
+    for wrong in ([], ["tool"], "user"):
+        with pytest.raises(ValidationError):
+            Policy.model_validate({"steered_roles": wrong})
 
 
 def test_a_detector_that_the_policy_does_not_name_decides_nothing() -> None:
@@ -128,7 +156,7 @@ policies = st.builds(
     st.sampled_from(MODES),
     st.dictionaries(
         st.sampled_from(DETECTORS),
-        st.fixed_dictionaries({"action": st.sampled_from(["flag", "block"]), "threshold": thresholds}),
+        st.fixed_dictionaries({"action": st.sampled_from(["flag", "steer", "block"]), "threshold": thresholds}),
         min_size=1,
     ),
 )

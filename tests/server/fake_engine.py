@@ -35,7 +35,7 @@ from guard.evidence import (
     Status,
     WorkerStatus,
 )
-from guard.policy import Policy
+from guard.policy import Action, Policy
 from guard.verdict import DetectorName, Phase
 
 RESERVED = 999
@@ -59,6 +59,7 @@ class Script:
     blocked: Mapping[int, int] = field(default_factory=dict)
     """By choice index: how many tokens are sampled before the block. The last of them is the payload; 0: the prompt."""
     flagged: bool = False
+    steered: bool = False
     nan: bool = False
     fault: EvidenceFault | None = None
     merge: int = 1
@@ -251,9 +252,12 @@ class Play:
         scored = PROMPT_TOKENS + (self.sampled(index) - 1 if final else 0)
         at_prompt = self.script.blocked.get(index) == 0
         acted = index in self.script.blocked and (final or at_prompt)
-        action: Literal["allow", "flag", "block"] = "allow"
-        if self.policy.mode != "off" and (acted or self.script.flagged):
-            action = "block" if self.policy.mode == "enforce" and acted else "flag"
+        flagged = self.script.flagged or self.script.steered
+        action: Action = "allow"
+        if self.policy.mode != "off" and (acted or flagged):
+            action = "flag"
+            if self.policy.mode == "enforce" and (acted or self.script.steered):
+                action = "block" if acted else "steer"
         phase: Phase = "completion" if acted and not at_prompt else "prompt"
         if fault == "short" and final:
             scored -= 1
@@ -269,7 +273,8 @@ class Play:
             phase=None if action == "allow" else phase,
             detector=None if action == "allow" else "density",
             reason="" if action == "allow" else f"density in the {phase}, p = 0.001",
-            scores=(_score("prompt", at_prompt or self.script.flagged, self.script.nan), _score("completion", acted)),
+            steered_from=PROMPT_TOKENS - 1 if action == "steer" else None,
+            scores=(_score("prompt", at_prompt or flagged, self.script.nan), _score("completion", acted)),
         )
         if fault == "unscorable":
             blocks = self.policy.mode == "enforce"
@@ -424,6 +429,7 @@ def status(
     names: Sequence[DetectorName] = ("density", "exceedance", "intrinsic"),
     calibration: str = CALIBRATION,
     generation: int = 1,
+    steering: bool = False,
 ) -> Status:
     """The status of an engine whose workers agree. `supported_fpr`: of one detector alone; two together support twice
     that, and three three times."""
@@ -446,6 +452,7 @@ def status(
                 tokens_scored=0,
                 tokens_recalled=0,
                 tokens_missed=0,
+                steering=steering,
                 unscorable=0,
             )
             for rank in range(workers)

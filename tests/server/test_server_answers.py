@@ -297,6 +297,23 @@ def test_a_flagged_request_passes_and_says_so(engine: FakeEngine, enforce: Proxy
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_steered_request_passes_and_says_so(
+    engine: FakeEngine, alone: Proxy, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.script = Script(steered=True)
+    answer = alone.post(CHAT, chat_body(stream=stream))
+    assert (answer.status_code, answer.headers["x-undertow-action"]) == (200, "steer")
+    assert "42" in answer.text
+    assert alone.sample("undertow_requests_total", endpoint="chat_completions", outcome="steered") == 1
+    assert alone.sample("undertow_evaluated_total", endpoint="chat_completions") == 1
+    decided = {"detector": "density", "phase": "prompt", "mode": "enforce"}
+    assert alone.sample("undertow_decisions_total", action="steer", **decided) == 1
+    (incident,) = [each for each in caplog.records if each.message == "incident"]
+    fields = incident.__dict__["fields"]
+    assert (fields["action"], fields["steered_from"]) == ("steer", PROMPT_TOKENS - 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("blocked_at", [0, 3])
 def test_monitor_lets_pass_what_enforce_would_block_and_flags_it(
     engine: FakeEngine, monitor: Proxy, stream: bool, blocked_at: int

@@ -64,6 +64,18 @@ def test_a_rate_that_a_combination_cannot_keep_is_refused_with_the_one_it_can(wa
     assert str(caught.value) == said
 
 
+def test_a_policy_that_steers_needs_an_engine_that_can() -> None:
+    steers = Policy.model_validate({"detections": {"density": {"action": "steer"}}})
+    with pytest.raises(HandshakeError) as caught:
+        agree(status(), steers, None)
+    assert str(caught.value) == (
+        "the policy steers, but worker 0 was started without `undertow.steering`; "
+        "start it with `undertow up --steering`"
+    )
+    assert agree(status(steering=True), steers, None)
+    assert agree(status(), steers.model_copy(update={"mode": "monitor"}), None), "which steers nothing"
+
+
 @pytest.mark.parametrize("threshold", [{"fpr": 0.5}, {"raw": 1.0}])
 def test_a_detector_that_the_engine_does_not_have_is_refused_by_name(threshold: dict[str, float]) -> None:
     own: tuple[DetectorName, ...] = ("exceedance", "intrinsic")

@@ -158,6 +158,17 @@ def test_without_a_handshake_no_reserved_token_is_sent() -> None:
     assert "stop_token_ids" not in json.loads(call.upstream_body(Policy(mode="monitor"), None))
 
 
+def test_whoever_may_be_steered_has_a_cache_of_its_own() -> None:
+    """KV that was computed under steering must be found by nobody, whatever salt a client asks for."""
+    call = read_call(CHAT, b'{"messages": [], "cache_salt": "shared"}')
+    steers = Policy.model_validate({"detections": {"density": {"action": "steer"}}})
+    salts = {json.loads(call.upstream_body(steers, 7))["cache_salt"] for _ in range(3)}
+    assert len(salts) == 3
+    assert "shared" not in salts
+    for other in (Policy(), steers.model_copy(update={"mode": "monitor"})):
+        assert json.loads(call.upstream_body(other, 7))["cache_salt"] == "shared"
+
+
 def test_a_client_that_uses_the_reserved_token_is_told_which_field() -> None:
     call = read_call(CHAT, b'{"messages": [], "stop_token_ids": [7]}')
     with pytest.raises(ApiError, match="stop_token_ids"):

@@ -56,8 +56,8 @@ def test_the_shipped_file_names_every_variable_that_overrides_it() -> None:
             "`policy.detections.densty`: unknown name; expected 'density', 'intrinsic' or 'exceedance'",
         ),
         (
-            "version: 1\npolicy: {detections: {density: {action: steer}}}",
-            "`policy.detections.density.action`: found 'steer'; expected 'flag' or 'block'",
+            "version: 1\npolicy: {detections: {density: {action: allow}}}",
+            "`policy.detections.density.action`: found 'allow'; expected 'flag', 'steer' or 'block'",
         ),
         (
             "version: 1\npolicy: {detections: {density: {action: block, threshold: {fpr: 2}}}}",
