@@ -8,6 +8,10 @@ kernels/       what that op and those after it do: in plain torch, in C++ for a 
 readings.py    what the probes saw in one forward pass
 runner_v1.py   the private attributes of vLLM's V1 model runner, in one file
 step.py        a step's readings to each sequence's largest scores
+projection.py  the op that takes directions out of chosen rows, and its hooks
+courses.py     which sequences are steered: along what, from which token on
+taint.py       which slots of the KV cache hold what was computed under steering
+steering.py    the second run of a pass that flagged, and who must not read its KV
 ledger.py      per request: scores so far, verdicts, decision
 finding.py     what one guard says of one detector and phase
 candidate.py   what could guard next, checked; handover.py, reload.py: how it comes to

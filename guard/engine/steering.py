@@ -117,19 +117,19 @@ class Steering:
             run()
         finally:
             self._instead = None
-        self._checked()
+        self._check(sum(len(part.rows) for part in plan))
 
-    def _checked(self) -> None:
+    def _check(self, rows: int) -> None:
         problem, self._problem = self._problem, None
         if problem is not None:
             raise UnscoredError(problem)
-        self._projection.check(self._aimed)
+        self._projection.check(rows)
 
     def _unsteered(self, batch: Iterable[Rows]) -> tuple[list[str], str]:
         """The sequences that should have been steered in the pass and were not, and why."""
         try:
             if self._courses:
-                self._checked()
+                self._check(self._aimed)
         except UnscoredError as error:
             return [rows.sequence for rows in batch if rows.sequence in self._courses], str(error)
         return [], ""

@@ -85,7 +85,7 @@ def steer(
             eager=eager,
             max_model_len=512,
             steering=True,
-            extra={"enable_prefix_caching": True, "async_scheduling": ahead, **options},
+            extra={"enable_prefix_caching": True, "block_size": 32, "async_scheduling": ahead, **options},
         ) as engine,
     ):
         by_name: dict[str, Said] = {}

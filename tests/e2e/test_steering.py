@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from tests.e2e.steered import Ask, Said, Seen
 TRIGGERED, BENIGN = 10, 20
 LONG = 44
 """Tokens that fill a block of 32 with what was steered."""
+ENDLESS: dict[str, Any] = {"max_tokens": 64, "ignore_eos": True}
+"""Long enough to be preempted for."""
 
 
-def mixed() -> list[Ask]:
+def mixed(**changes: Any) -> list[Ask]:
     """Triggered requests among their neighbours."""
     attacks = [Ask(text, salt=f"own {index}") for index, text in enumerate(texts("triggered", TRIGGERED, 21))]
     others = [Ask(text, steers=False) for text in texts("benign", BENIGN, 21)]
-    return [ask for index, attack in enumerate(attacks) for ask in (attack, *others[2 * index : 2 * index + 2])]
+    asks = [ask for index, attack in enumerate(attacks) for ask in (attack, *others[2 * index : 2 * index + 2])]
+    return [replace(ask, **changes) for ask in asks]
 
 
 def conversations() -> list[list[Ask]]:
@@ -50,20 +54,29 @@ def on(organism: Organism, bank: Path, calibration: Path, in_child: Callable[...
 
 @pytest.fixture(scope="module")
 def seen(on: Callable[..., Seen]) -> Seen:
-    """Both, on an engine with room for everybody."""
-    return on([mixed(), *conversations()])
+    """All of it, on an engine with room for everybody."""
+    return on([mixed(), *conversations(), mixed(**ENDLESS)])
 
 
 @pytest.fixture(scope="module")
 def unguarded(organism: Organism, seen: Seen, in_child: Callable[..., Any]) -> list[tuple[int, ...]]:
     """What vLLM without the plugin says to the mixed requests, and to the conversation that went on."""
-    prompts = [said.prompt for said in (*mix(seen), seen.said[-2])]
+    prompts = [said.prompt for said in (*mix(seen), went_on(seen)[2])]
     answers: list[tuple[int, ...]] = in_child(steered.plain, organism.backdoored, prompts, 24)
     return answers
 
 
 def mix(seen: Seen) -> list[Said]:
     return seen.said[: TRIGGERED + BENIGN]
+
+
+def went_on(seen: Seen) -> list[Said]:
+    """First the steered answers, with a salt and without, then what followed each."""
+    return seen.said[TRIGGERED + BENIGN :][:4]
+
+
+def endless(seen: Seen) -> list[Said]:
+    return seen.said[-(TRIGGERED + BENIGN) :]
 
 
 def test_a_steered_request_does_not_get_the_payload(seen: Seen, unguarded: list[tuple[int, ...]]) -> None:
@@ -83,7 +96,8 @@ def test_its_neighbours_say_what_they_say_without_a_guard(seen: Seen, unguarded:
     assert len(others) == BENIGN
     assert seen.again >= 1
     for said, alone in others:
-        assert said.record.action == "allow"
+        assert said.record.action in ("allow", "flag"), "one in a hundred is flagged"
+        assert said.record.steered_from is None
         assert said.tokens == alone
 
 
@@ -96,16 +110,16 @@ def test_steered_rows_keep_nothing_along_their_directions_and_others_every_bit(s
 
 def test_what_follows_a_steered_answer_is_judged_anew(seen: Seen, unguarded: list[tuple[int, ...]]) -> None:
     """Its KV is its own: what it says is what an engine says that never steered."""
-    said = seen.said[-2]
-    assert seen.said[-4].record.action == "steer"
+    before, _, said, _ = went_on(seen)
+    assert before.record.action == "steer"
     assert (said.record.action, said.record.unscorable, said.record.steered_from) == ("allow", None, None)
     assert said.tokens == unguarded[-1]
 
 
 def test_steered_kv_is_taken_by_nobody(seen: Seen) -> None:
     """Without a salt vLLM finds the blocks. Then nothing of it passes."""
-    said = seen.said[-1]
-    assert seen.said[-3].record.action == "steer"
+    _, before, _, said = went_on(seen)
+    assert before.record.action == "steer"
     assert seen.recalled >= 32, "the cache was not used, and this shows nothing"
     assert said.record.unscorable == "KV computed under steering was read across requests"
     assert said.record.action == "block"
@@ -117,10 +131,10 @@ def test_chunks_preemption_and_scheduling_ahead_change_no_token(
     on: Callable[..., Seen], seen: Seen, ahead: bool
 ) -> None:
     """What was steered before a sequence was dropped is steered again when it is computed again."""
-    hard = on([mixed()], ahead=ahead, max_num_batched_tokens=24, max_num_seqs=12, num_gpu_blocks_override=10)
+    hard = on([mixed(**ENDLESS)], ahead=ahead, max_num_batched_tokens=48, max_num_seqs=12, num_gpu_blocks_override=18)
     assert hard.resumed > 0, "nobody who was steered was preempted, and this shows nothing"
-    assert [said.tokens for said in hard.said] == [said.tokens for said in mix(seen)]
-    assert [said.record.steered_from for said in hard.said] == [said.record.steered_from for said in mix(seen)]
+    assert [said.tokens for said in hard.said] == [said.tokens for said in endless(seen)]
+    assert [said.record.steered_from for said in hard.said] == [said.record.steered_from for said in endless(seen)]
     assert (hard.left < 1e-4, hard.changed) == (True, 0)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,3 +96,58 @@ def test_a_token_that_is_forbidden_can_be_drawn_for_no_sequence() -> None:
 
 def test_a_step_that_samples_nothing_has_nothing_to_forbid() -> None:
     RunnerV1(SimpleNamespace(execute_model_state=SimpleNamespace(logits=None))).forbid(5)
+
+
+class Doubling(torch.nn.Module):
+    """A model that says something else each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.times += 1
+        return inputs * 10**self.times
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + 1
+
+
+def test_of_a_pass_that_runs_again_only_the_named_rows_are_kept_and_only_their_kv_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contexts, seen = ["the pass"], []
+
+    @contextmanager
+    def override(context: str) -> Iterator[None]:
+        contexts.append(context)
+        yield
+        contexts.pop()
+
+    # Importing the real one changes the process that imports it.
+    fake = SimpleNamespace(get_forward_context=lambda: contexts[-1], override_forward_context=override)
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", fake)
+    model, inputs = Doubling(), torch.arange(1.0, 9.0)[:, None].repeat(1, 2)
+    slots, other = torch.arange(50, 60), torch.arange(70, 80)
+    whole = SimpleNamespace(req_id_to_index={"a": 0, "b": 1, "c": 2})
+    some: Any = SimpleNamespace(get_model=lambda: model, input_batch=whole)
+    adapter = RunnerV1(some)
+    adapter.watch_forward(lambda: seen.append(contexts[-1]))
+    hidden = model(inputs)
+    last = hidden[[2, 5, 7]].clone()
+    some.execute_model_state = SimpleNamespace(
+        hidden_states=hidden,
+        sample_hidden_states=last,
+        logits=model.compute_logits(last),
+        slot_mappings={"0": slots, "1": slots, "2": other},
+    )
+    contexts[:] = ["none"]
+    adapter.again([(Rows("b", 3, 3, 0, 9, True), 1), (Rows("c", 6, 2, 0, 9, True), 0)])
+    assert seen == ["the pass", "the pass"]
+    times = torch.tensor([10.0, 10, 10, 10, 100, 100, 100, 100])
+    state = some.execute_model_state
+    assert torch.equal(state.hidden_states, inputs * times[:, None])
+    assert torch.equal(state.sample_hidden_states[:, 0], torch.tensor([30.0, 600, 800]))
+    assert torch.equal(state.logits[:, 0], torch.tensor([31.0, 601, 801]))
+    for mapping, first in ((slots, 50), (other, 70)):
+        assert mapping.tolist() == [*[-1] * 4, *range(first + 4, first + 8), -1, -1]
