@@ -31,7 +31,8 @@ from guard.errors import EngineError, UnscoredError
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-Where = Callable[[str, int, int], torch.Tensor]
+START_ROWS = 3
+"""Of the forward pass that proves the ops at start."""
 
 
 class Steering:
@@ -49,8 +50,9 @@ class Steering:
         self._problem: str | None = None
         runner.watch_forward(self._aim)
 
-    def start(self, rows: int, prefix_caching: bool) -> None:
-        """See one forward pass steered in all of its `rows`. Raises EngineError where it is not."""
+    def start(self, prefix_caching: bool) -> None:
+        """See one forward pass steered in all of its rows. Raises EngineError where it is not."""
+        rows = min(START_ROWS, self._runner.capacity)
         if prefix_caching:
             self._taint = Taint(self._runner.slots())
         try:

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from guard.engine.judge import Pass
-from guard.engine.probe import Readings
 from guard.engine.runner_v1 import Rows
 from guard.engine.steering import Steering
 from guard.engine.stop import Stop
@@ -99,7 +97,7 @@ class Engine:
         self.turns = Turns(ROLE_MAP)
         runner: Any = self.runner
         self.steering = Steering(runner, a_bank({1: oblique(1), 2: oblique(2)}), self.turns)
-        self.steering.start(3, cache)
+        self.steering.start(cache)
         self.runner.ran = 0
 
     def run(self, *parts: tuple[str, int, int], finished: Sequence[str] = (), fault: bool = False) -> dict[str, Stop]:
@@ -114,8 +112,7 @@ class Engine:
         step: Any = SimpleNamespace(finished_req_ids=finished)
         self.steering.expect(step)
         self.runner.forward(row)
-        none = torch.zeros(0)
-        seen = UnscoredError("a fault") if fault else Pass(tuple(batch), Readings(none, none, none), none)
+        seen: Any = UnscoredError("a fault") if fault else SimpleNamespace(batch=tuple(batch))
         return self.steering.settle(seen, judge)
 
     def flag(self, name: str, position: int, direction: str = "L1.o_proj.u0") -> None:
@@ -170,7 +167,7 @@ def test_an_engine_in_which_an_op_does_not_run_does_not_start() -> None:
     steering = Steering(runner, a_bank({1: oblique(1), 2: oblique(2)}), Turns(ROLE_MAP))
     runner.model.model.layers[2]._forward_hooks.clear()
     with pytest.raises(EngineError, match="the guard does not start: layer 2: its steering ran 0 times"):
-        steering.start(3, True)
+        steering.start(True)
 
 
 def test_who_reads_what_was_steered_for_another_does_not_pass() -> None:
