@@ -62,13 +62,16 @@ def plain(model: Path, asked: Sequence[tuple[int, ...]], eager: bool) -> list[tu
 
     from guard.engine.launch import engine_environment
 
-    os.environ.update(engine_environment())
+    os.environ.update({**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=str(model), enforce_eager=eager, disable_log_stats=True, **OPTIONS)
     wanted: list[Any] = [{"prompt_token_ids": list(ids)} for ids in asked]
     outputs = llm.generate(wanted, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
-    return [tuple(output.outputs[0].token_ids) for output in outputs]
+    answers = [tuple(output.outputs[0].token_ids) for output in outputs]
+    # An engine that is left to the collector keeps its process from ending.
+    llm.llm_engine.engine_core.shutdown()
+    return answers
 
 
 def steered(model: Path, bank: Path, calibration: Path, eager: bool) -> dict[str, dict[str, list[Answer]]]:
