@@ -8,12 +8,13 @@ from itertools import count, pairwise
 
 import torch
 
+from guard.engine.finding import Finding
 from guard.engine.projection import Directions, Steered
 from guard.engine.runner_v1 import Rows
 from guard.engine.turns import Turns
 from guard.policy import Role
 from guard.roles import ROLES
-from guard.verdict import DetectorName, Phase, Verdict
+from guard.verdict import DetectorName, Phase
 
 Key = tuple[DetectorName, Phase]
 
@@ -48,14 +49,23 @@ class Courses:
     """Those of all running sequences."""
 
     def __init__(self, names: Iterable[tuple[int, Sequence[str]]], turns: Turns) -> None:
-        """`names`: of each watched layer its index and the names of its directions."""
-        self._places = {name: (index, place) for index, each in names for place, name in enumerate(each)}
+        """`names`: as for `rename`."""
         self._turns = turns
+        self.rename(names)
         self._running: dict[str, Course] = {}
         self._numbers = count(1)
 
+    def rename(self, names: Iterable[tuple[int, Sequence[str]]]) -> None:
+        """Of each watched layer its index and the names of its directions, from now on."""
+        self._places = {name: (index, place) for index, each in names for place, name in enumerate(each)}
+
     def __bool__(self) -> bool:
         return bool(self._running)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the steered sequences."""
+        return tuple(self._running)
 
     def __contains__(self, sequence: str) -> bool:
         return sequence in self._running
@@ -64,26 +74,28 @@ class Courses:
         """None where it is not steered."""
         return self._running.get(sequence)
 
-    def turn(self, rows: Rows, verdicts: Iterable[Verdict], roles: Iterable[Role] | None) -> bool:
+    def turn(self, rows: Rows, findings: Iterable[Finding], roles: Iterable[Role] | None) -> bool:
         """Take in what flagged a sequence in a pass of these rows; says whether there is anything new.
 
-        Each detector and phase adds the one direction that it named when it first flagged, from the token that it
-        named on; from the first of these rows on, where that token's state came from the cache and is not the
+        Each detector and phase adds the one direction that it named when it first flagged, from the first token on that
+        it flagged; from the first of these rows on, where that token's state came from the cache and is not the
         sequence's own to change. What flags later under steering is not the model's natural path.
         """
         course = self._running.get(rows.sequence)
-        new = {
-            (verdict.score.detector, verdict.score.phase): verdict.score
-            for verdict in verdicts
-            if course is None or (verdict.score.detector, verdict.score.phase) not in course.legs
-        }
+        scores = [(each.verdict.score, each.first) for each in findings]
+        new = [
+            (score, score.position if first is None else first)
+            for score, first in scores
+            if course is None or (score.detector, score.phase) not in course.legs
+        ]
         if not new:
             return False
         if course is None:
             chosen = frozenset(ROLES.index(role) for role in (roles or ROLES))
             course = self._running[rows.sequence] = Course(next(self._numbers), chosen)
-        for key, score in new.items():
-            course.legs[key] = (max(score.position, rows.first_position), self._places[str(score.direction)])
+        for score, position in new:
+            place = self._places[str(score.direction)]
+            course.legs[score.detector, score.phase] = (max(position, rows.first_position), place)
         return True
 
     def finish(self, sequences: Iterable[str]) -> None:

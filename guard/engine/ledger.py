@@ -245,19 +245,17 @@ class Ledger:
         """This sequence could not be scored in this step."""
         self._give_up(self._running[sequence], reason)
 
-    def steering(self, sequence: str) -> tuple[tuple[Verdict, ...], tuple[Role, ...] | None]:
+    def steering(self, sequence: str) -> tuple[tuple[Finding, ...], tuple[Role, ...] | None]:
         """What a sequence is steered for, and whose tokens; nothing where it is not steered."""
         entry = self._running[sequence]
         if entry.decision.action != "steer":
             return (), None
-        detections = entry.policy.detections
-        flagged = (verdict for verdict in entry.verdicts.values() if verdict.exceeded)
-        steers = (
-            each
-            for each in flagged
-            if (name := each.score.detector) in detections and detections[name].action == "steer"
+        actions = {name: detection.action for name, detection in entry.policy.detections.items()}
+        flagged = (finding for finding in entry.findings().values() if finding.verdict.exceeded)
+        return (
+            tuple(each for each in flagged if actions.get(each.verdict.score.detector) == "steer"),
+            entry.policy.steered_roles,
         )
-        return tuple(steers), entry.policy.steered_roles
 
     def steered(self, sequence: str, position: int) -> None:
         """Note from which position on."""

@@ -139,7 +139,7 @@ class Projection:
         for layer in bank.layers:
             place = _Place(
                 layer.index,
-                layer.directions.cpu(),
+                layer.directions.cpu().clone(),
                 torch.zeros(SETS, WIDEST, bank.hidden_size, device=device),
                 torch.zeros(SETS, dtype=torch.int64),
                 torch.zeros(2, dtype=torch.int64),
@@ -160,6 +160,12 @@ class Projection:
         for kind, tensor in tensors.items():
             layer.register_buffer(f"undertow_steer_{kind}", tensor, persistent=False)
         layer.register_forward_hook(_after)
+
+    def replace(self, bank: Bank) -> None:
+        """Take directions from another bank, that has as many on the same layers."""
+        for place, layer in zip(self._places, bank.layers, strict=True):
+            place.directions.copy_(layer.directions)
+        self._known.clear()
 
     def aim(self, steered: Iterable[Steered]) -> int:
         """What the next forward pass takes out of which rows, in place of what the last one did; says how many rows.

@@ -42,7 +42,7 @@ class Steering:
         """Hook the model. Must run after `Probes` and before the first forward pass. Raises UnsupportedEngineError."""
         self._runner = runner
         self._projection = Projection(runner.model, bank, runner.capacity)
-        self._courses = Courses(((layer.index, layer.names) for layer in bank.layers), turns)
+        self._courses = Courses(_names(bank), turns)
         self._taint: Taint | None = None
         self._step: SchedulerOutput | None = None
         self._instead: list[Steered] | None = None
@@ -59,6 +59,13 @@ class Steering:
             self._again([Steered(torch.arange(rows), frozenset())], lambda: self._runner.dummy_run(rows))
         except UnscoredError as error:
             raise EngineError(f"the guard does not start: {error}") from error
+
+    def replace(self, bank: Bank, judge: Judge) -> None:
+        """Take out another bank's directions from now on: one that `candidate.py` says can take the old one's place.
+        Sequences that are steered along the old ones do not go on: half of their KV would be of each."""
+        self._projection.replace(bank)
+        self._courses.rename(_names(bank))
+        judge.fail(self._courses.names, "the bank was changed while it was steered")
 
     def expect(self, step: SchedulerOutput) -> None:
         """A step begins."""
@@ -84,8 +91,8 @@ class Steering:
         return stops | judge.fail(self._mixed(seen.batch, step), "KV computed under steering was read across requests")
 
     def _turn(self, rows: Rows, judge: Judge) -> bool:
-        verdicts, roles = judge.ledger.steering(rows.sequence)
-        if not self._courses.turn(rows, verdicts, roles):
+        findings, roles = judge.ledger.steering(rows.sequence)
+        if not self._courses.turn(rows, findings, roles):
             return False
         course = self._courses.of(rows.sequence)
         assert course is not None
@@ -163,3 +170,7 @@ class Steering:
         yield first, start, 0
         if course is not None:
             yield start, stop, course.number
+
+
+def _names(bank: Bank) -> list[tuple[int, tuple[str, ...]]]:
+    return [(layer.index, layer.names) for layer in bank.layers]

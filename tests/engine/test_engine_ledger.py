@@ -138,7 +138,7 @@ def test_a_steered_sequence_goes_on_and_says_what_for() -> None:
     assert book.steering(SEQUENCE) == ((), None)
     book.score(SEQUENCE, [a_score(11.0)])
     (found,), roles = book.steering(SEQUENCE)
-    assert (found.score, roles) == (a_score(11.0), ("assistant",))
+    assert (found.verdict.score, roles) == (a_score(11.0), ("assistant",))
     book.steered(SEQUENCE, 3)
     assert book.stops([SEQUENCE]) == {}
     assert (record(book).action, record(book).steered_from, record(book).detector) == ("steer", 3, "density")
@@ -153,7 +153,7 @@ def test_only_detections_that_steer_give_directions_and_a_block_gives_none() -> 
         )
     )
     book.score(SEQUENCE, [a_score(11.0), a_score(12.0, "intrinsic"), a_score(9.0, phase="completion")])
-    assert [each.score for each in book.steering(SEQUENCE)[0]] == [a_score(11.0)]
+    assert [each.verdict.score for each in book.steering(SEQUENCE)[0]] == [a_score(11.0)]
     book.score(SEQUENCE, [a_score(11.0, "exceedance")])
     assert book.steering(SEQUENCE) == ((), None)
     assert record(book).action == "block"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from guard.engine.finding import Finding
 from guard.engine.runner_v1 import Rows
 from guard.engine.steering import Steering
 from guard.engine.stop import Stop
@@ -73,14 +74,14 @@ class Runner:
 class Judge:
     """Says which sequences are steered, and remembers which could not be."""
 
-    verdicts: dict[str, tuple[Verdict, ...]] = field(default_factory=dict)
+    findings: dict[str, tuple[Finding, ...]] = field(default_factory=dict)
     begun: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def ledger(self) -> Any:
         return SimpleNamespace(
-            steering=lambda sequence: (self.verdicts.get(sequence, ()), None), steered=self.begun.__setitem__
+            steering=lambda sequence: (self.findings.get(sequence, ()), None), steered=self.begun.__setitem__
         )
 
     def fail(self, sequences: Iterable[str], reason: str) -> dict[str, Stop]:
@@ -116,7 +117,8 @@ class Engine:
         return self.steering.settle(seen, judge)
 
     def flag(self, name: str, position: int, direction: str = "L1.o_proj.u0") -> None:
-        self.judge.verdicts[name] = (Verdict(Score("density", "prompt", 2.0, position, 1, direction), 1.0, 0.01),)
+        verdict = Verdict(Score("density", "prompt", 2.0, position, 1, direction), 1.0, 0.01)
+        self.judge.findings[name] = (Finding(verdict, position, 1),)
 
 
 def test_a_pass_that_flags_nothing_runs_once() -> None:
@@ -226,3 +228,22 @@ def test_behind_a_pass_that_nobody_could_read_old_kv_is_nobodys_where_one_was_st
     engine.run(("a", 0, 8), ("b", 0, 8))
     assert engine.run(("a", 8, 9), ("b", 8, 9), fault=True) == {}
     assert engine.run(("b", 9, 10)) == ({"b": Stop(0, 7)} if steered else {})
+
+
+def test_another_bank_is_steered_along_from_then_on_and_who_was_steered_along_the_old_one_ends() -> None:
+    engine = Engine(cache=False)
+    engine.flag("a", 7)
+    engine.run(("a", 0, 8), ("b", 0, 8))
+    new: Any = a_bank({1: oblique(3), 2: oblique(4)})
+    judge: Any = engine.judge
+    engine.steering.replace(new, judge)
+    assert engine.judge.failed == {"a": "the bank was changed while it was steered"}
+    seen: list[torch.Tensor] = []
+    engine.runner.model.model.layers[1].register_forward_hook(
+        lambda _layer, _arguments, output: seen.append(output[0] + output[1])
+    )
+    engine.judge.findings = {}
+    engine.flag("b", 8)
+    engine.run(("b", 8, 9), finished=["a"])
+    assert (seen[0][0] @ new.layers[0].directions[0]).abs() > 1e-2
+    assert (seen[1][0] @ new.layers[0].directions[0]).abs() < 1e-4
