@@ -128,13 +128,14 @@ def start_without_one_hook(model: Path, bank: Path, calibration: Path) -> tuple[
         return start_error(model, bank, calibration)
 
 
-def support_error(model: Path, changes: dict[str, object]) -> str:
+def support_error(model: Path, changes: dict[str, object], steers: bool | None = None) -> str:
     """What the guard says of vLLM's configuration with these fields changed, named like `cache_config.field`; empty
-    where it agrees."""
+    where it agrees. `steers`: what it says of steering there, where the engine's own policy steers or not."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from guard.engine.support import check_support
+    from guard.engine.support import check_steering, check_support
     from guard.errors import UnsupportedEngineError
+    from guard.policy import Policy
 
     arguments = EngineArgs(model=str(model), dtype="float32", enable_prefix_caching=False, async_scheduling=False)
     config = arguments.create_engine_config()
@@ -142,7 +143,12 @@ def support_error(model: Path, changes: dict[str, object]) -> str:
         section, _, field = name.rpartition(".")
         setattr(getattr(config, section) if section else config, field, value)
     try:
-        check_support(config)
+        if steers is None:
+            check_support(config)
+        else:
+            check_steering(
+                config, Policy.model_validate({"detections": {"density": {"action": "steer"}}}) if steers else None
+            )
     except UnsupportedEngineError as error:
         return str(error)
     return ""

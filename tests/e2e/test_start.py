@@ -112,3 +112,24 @@ def test_what_vllm_does_by_itself_is_not_refused(
     organism: Organism, in_child: Callable[..., Any], changes: dict[str, object]
 ) -> None:
     assert in_child(child.support_error, organism.backdoored, changes) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "named"),
+    [
+        ({"speculative_config": SimpleNamespace(method="ngram")}, False, "speculative decoding"),
+        ({"lora_config": SimpleNamespace()}, False, "--enable-lora"),
+        ({"parallel_config.tensor_parallel_size": 2}, False, "--tensor-parallel-size 1"),
+        ({"compilation_config.cudagraph_mode": "FULL"}, False, "CUDA graphs"),
+        ({"cache_config.enable_prefix_caching": True}, True, "--no-enable-prefix-caching"),
+        ({"cache_config.enable_prefix_caching": True}, False, ""),
+        ({"scheduler_config.async_scheduling": True}, True, ""),
+    ],
+)
+def test_what_cannot_be_steered_is_refused_by_name(
+    organism: Organism, in_child: Callable[..., Any], changes: dict[str, object], own: bool, named: str
+) -> None:
+    """`own`: the engine's own policy steers, for requests that no server gives a salt."""
+    said = in_child(child.support_error, organism.backdoored, changes, own)
+    assert named in said
+    assert bool(said) == bool(named)
