@@ -241,9 +241,12 @@ class Ledger:
             verdicts = [*(finding.verdict for finding in entry.earlier.values()), *entry.verdicts.values()]
             entry.decision = decide(entry.policy, verdicts, entry.unscorable)
 
-    def fail(self, sequence: str, reason: str) -> None:
-        """This sequence could not be scored in this step."""
-        self._give_up(self._running[sequence], reason)
+    def fail(self, sequence: str, reason: str, tokens: int = 0) -> None:
+        """So many tokens of this sequence could not be scored in this step."""
+        entry = self._running[sequence]
+        self.tokens_missed += tokens
+        entry.missed = max(entry.scored, entry.missed) + tokens
+        self._give_up(entry, reason)
 
     def steering(self, sequence: str) -> tuple[tuple[Finding, ...], tuple[Role, ...] | None]:
         """What a sequence is steered for, and whose tokens; nothing where it is not steered."""

@@ -73,7 +73,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._batch: tuple[Rows, ...] | UnscoredError = ()
         self._steering: Steering | None = None
         self._pass: Pass | UnscoredError | None = None
-        self._unscored: tuple[str, ...] = ()
+        self._unscored: Mapping[str, int] = {}
         self._handover = Handover(self._read_candidate, self._take, lambda: self._guarding.ledger.generation)
         self._ended: dict[str, Stop] = {}
 
@@ -225,7 +225,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             if self._shadow is not None:
                 # Its slots hold scores of what was there before, and nobody can say which they are.
                 self._shadow.forget()
-            self._unscored = tuple(step.num_scheduled_tokens)
+            self._unscored = dict(step.num_scheduled_tokens)
             return error
         if self._recorder is not None:
             self._recorder.add(readings, self._turns.of(batch), batch)
@@ -246,7 +246,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             return judge.judge(seen, sampled, self._shadow, self._runner.where)
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
-            return judge.fail((rows.sequence for rows in seen.batch), str(error))
+            return judge.fail({rows.sequence: rows.count for rows in seen.batch}, str(error))
 
     def _settled(self, judge: Judge, seen: Pass | UnscoredError, steering: Steering) -> dict[str, Stop]:
         """Judged before anything is sampled: what is steered is sampled from its second run."""

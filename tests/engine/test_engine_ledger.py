@@ -625,3 +625,7 @@ def test_tokens_without_a_score_are_counted_once() -> None:
     assert (book.tokens_missed, book.tokens_scored) == (8, 0)
     book.cover(Rows(SEQUENCE, 0, 4, 8, 20, False))
     assert book.tokens_missed == 12
+    # A step that could not be read, and what follows it.
+    book.fail(SEQUENCE, "layer 3", 4)
+    book.cover(Rows(SEQUENCE, 0, 1, 16, 20, False))
+    assert book.tokens_missed == 17
