@@ -20,7 +20,8 @@ import zmq.asyncio
 from guard.errors import EvidenceError
 from guard.evidence import Evidence
 
-log = logging.getLogger("undertow.engine")
+# Under vLLM's own logger: its API process shows no other.
+log = logging.getLogger("vllm.undertow")
 
 
 class EvidenceServer:

@@ -27,7 +27,8 @@ from guard.evidence import REQUEST_HEADER, STATUS_PATH, STREAM_PREFIX, Evidence,
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger("undertow.engine")
+# Under vLLM's own logger: its API process shows no other.
+log = logging.getLogger("vllm.undertow")
 
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 DONE = b"data: [DONE]"

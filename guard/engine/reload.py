@@ -31,7 +31,8 @@ from guard.errors import EngineError, InputError
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-log = logging.getLogger("undertow.engine")
+# Under vLLM's own logger: its API process shows no other.
+log = logging.getLogger("vllm.undertow")
 
 PREPARE_TIMEOUT_S = 120.0
 COMMIT_TIMEOUT_S = 30.0

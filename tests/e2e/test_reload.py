@@ -343,6 +343,8 @@ def test_status_tells_generation_coverage_and_the_last_canary(
     stack: Stack, files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert files.put(calibration=replace(Calibration.load(files.calibration), target_fpr=0.02))[0] == 0
+    # What changed is in the engine's log.
+    assert worker(stack).calibration in (files.calibration.parent / "vllm.log").read_text()
     assert cli.main(["status", "--engine", stack.engine.url, "--server", stack.url]) == 0
     out = capsys.readouterr().out
     found = worker(stack)
