@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from guard.evidence import STATUS_PATH
+
 WORKER = "guard.engine.worker.GuardWorker"
 MIDDLEWARE = "guard.engine.middleware.EvidenceMiddleware"
 
@@ -62,6 +64,9 @@ def serve_arguments(
         *("--worker-cls", WORKER),
         *("--middleware", MIDDLEWARE),
         *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration, steering))),
+        # Every server asks for it every second.
+        *("--disable-access-log-for-endpoints", STATUS_PATH),
+        *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration))),
     ]
     if has_gpu():
         arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]
