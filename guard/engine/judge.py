@@ -94,12 +94,12 @@ class Judge:
             kept[sequence] += part.samples and not self.ledger.blocked(sequence)
         return {sequence: Stop(kept[sequence], token) for sequence, token in self.ledger.stops(kept).items()}
 
-    def fail(self, sequences: Mapping[str, int], reason: str) -> dict[str, Stop]:
-        """A pass could not be scored; says which of its sequences end now. `sequences`: how many tokens of each it
-        computed."""
-        for sequence, tokens in sequences.items():
-            self.ledger.fail(sequence, reason, tokens)
-        return {sequence: Stop(0, token) for sequence, token in self.ledger.stops(sequences).items()}
+    def fail(self, sequences: Iterable[str], reason: str, tokens: Mapping[str, int] | None = None) -> dict[str, Stop]:
+        """A pass could not be scored; says which of its sequences end now. `tokens`: how many of each it computed."""
+        names = list(sequences)
+        for sequence in names:
+            self.ledger.fail(sequence, reason, (tokens or {}).get(sequence, 0))
+        return {sequence: Stop(0, token) for sequence, token in self.ledger.stops(names).items()}
 
     def _recall(self, part: Rows, shadow: Shadow | None, where: Callable[[str, int, int], torch.Tensor]) -> None:
         """Give a sequence the scores of tokens before `part` that this engine computed for others."""

@@ -66,7 +66,6 @@ def serve_arguments(
         *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration, steering))),
         # Every server asks for it every second.
         *("--disable-access-log-for-endpoints", STATUS_PATH),
-        *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration))),
     ]
     if has_gpu():
         arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]

@@ -239,14 +239,15 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
     def _stops(self, judge: Judge, seen: Pass | UnscoredError, sampled: Mapping[str, int] | None) -> Mapping[str, Stop]:
         """Which sequences end now. `sampled`: how many tokens were drawn; None: one for every decision."""
         if isinstance(seen, UnscoredError):
-            return judge.fail(self._unscored, str(seen))
+            return judge.fail(self._unscored, str(seen), self._unscored)
         if sampled is None:
             sampled = {rows.sequence: int(rows.samples) for rows in seen.batch}
         try:
             return judge.judge(seen, sampled, self._shadow, self._runner.where)
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
-            return judge.fail({rows.sequence: rows.count for rows in seen.batch}, str(error))
+            tokens = {rows.sequence: rows.count for rows in seen.batch}
+            return judge.fail(tokens, str(error), tokens)
 
     def _settled(self, judge: Judge, seen: Pass | UnscoredError, steering: Steering) -> dict[str, Stop]:
         """Judged before anything is sampled: what is steered is sampled from its second run."""

@@ -250,6 +250,8 @@ def test_what_was_guessed_behind_the_end_is_no_part_of_the_sequence() -> None:
 def test_a_pass_that_could_not_be_read_ends_all_that_enforces() -> None:
     engine, some = Engine(policy("enforce")), sequence("1-00000000", 1)
     engine.admit(some)
-    assert engine.judge.fail({some.name: 5}, "layer 3: its probe did not run") == {some.name: Stop(0, STOP)}
+    assert engine.judge.fail([some.name], "layer 3: its probe did not run", {some.name: 5}) == {
+        some.name: Stop(0, STOP)
+    }
     assert engine.record(some.name).unscorable == "layer 3: its probe did not run"
     assert engine.judge.ledger.tokens_missed == 5
