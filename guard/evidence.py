@@ -7,6 +7,7 @@ or a prompt.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -144,6 +145,15 @@ class WorkerStatus(_Wire):
     """Sequences."""
     steering: bool = False
     """Whether it can steer."""
+    flagged: int = 0
+    blocked: int = 0
+
+
+COVERAGE = ("requests_judged", "unscorable")
+"""What every worker of one engine has counted alike, or it has not seen what the others have."""
+VERDICTS = ("flagged", "blocked", "tokens_scored", "tokens_recalled")
+"""What they count alike as long as their verdicts are the same: a blocked sequence is not scored any further. Those of
+the first rank hold, and those of another may differ by rounding, so close to a threshold."""
 
 
 class Status(_Wire):
@@ -159,6 +169,16 @@ class Status(_Wire):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise EvidenceError(f"status from the engine is not valid: {error.error_count()} errors") from error
+
+    def apart(self, fields: Iterable[str]) -> list[str]:
+        """Where the workers, which all see every step and are all asked between the same two, differ: `blocked: 3 by
+        rank 0, 4 by rank 1`."""
+        found = []
+        for name in fields:
+            told = {worker.rank: getattr(worker, name) for worker in self.workers}
+            if len(set(told.values())) > 1:
+                found.append(f"{name}: " + ", ".join(f"{value} by rank {rank}" for rank, value in told.items()))
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,11 @@ from guard.errors import EngineError, InputError, UndertowError
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
+HINTS = {
+    "Not enough allowed NUMA nodes": "on a CPU, say which cores each rank may use: VLLM_CPU_OMP_THREADS_BIND='0-3|4-7' "
+    "for two ranks, or `nobind`",
+}
+"""What vLLM says where it does not say what to do about it."""
 
 
 class EngineProcess:
@@ -124,7 +129,8 @@ class EngineProcess:
             return kind(message) if issubclass(kind, InputError) else EngineError(message)
         lines = [line for line in text.splitlines() if line.strip()]
         tail = "\n".join(lines[-5:])
-        return EngineError(f"vLLM ended with code {self.returncode}; the end of {self._log}:\n{tail}")
+        hints = [f"; {hint}" for words, hint in HINTS.items() if words in text]
+        return EngineError(f"vLLM ended with code {self.returncode}{''.join(hints)}; the end of {self._log}:\n{tail}")
 
 
 def _say(text: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from guard.errors import EngineError, EvidenceError
-from guard.evidence import STATUS_PATH, Evidence, Status
+from guard.evidence import COVERAGE, STATUS_PATH, VERDICTS, Evidence, Status
 from guard.policy import Policy
 from server.errors import UpstreamError
 from server.logs import log
@@ -56,12 +56,15 @@ def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> H
     calibration = _same("calibration", (worker.calibration for worker in status.workers))
     generation = _same("generation", (str(worker.generation) for worker in status.workers))
     reserved = _same("reserved token id", (str(worker.reserved_token_id) for worker in status.workers))
+    _same("layers", (", ".join(map(str, worker.layers)) for worker in status.workers))
     if expected_fingerprint is not None and fingerprint != expected_fingerprint:
         raise HandshakeError(
             f"the engine guards with bank {fingerprint}, but `upstream.fingerprint` asks for {expected_fingerprint}"
         )
     if policy.mode != "off":
         _check_detectors(status, policy)
+    if apart := status.apart(COVERAGE):
+        raise HandshakeError(f"a rank of the engine did not score what another did: {'; '.join(apart)}")
     return Handshake(fingerprint, calibration, int(generation), int(reserved), len(status.workers))
 
 
@@ -118,6 +121,7 @@ class HandshakeKeeper:
         """When the last question was asked that the engine answered."""
         self._agreed: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
         self._error: EngineError | UpstreamError = HandshakeError("no handshake with the engine yet")
+        self._apart: list[str] = []
         self.current: Handshake | None = None
         """The last handshake; None where it failed or was dropped."""
 
@@ -184,7 +188,9 @@ class HandshakeKeeper:
                 absent = answer.status_code == 404
                 hint = "is Undertow's middleware loaded in the engine?" if absent else "its workers gave no status"
                 raise HandshakeError(f"{STATUS_PATH} of the engine answered {answer.status_code}; {hint}")
-            self._set(agree(Status.from_json(answer.content), self._policy, self._expected), None)
+            status = Status.from_json(answer.content)
+            self._set(agree(status, self._policy, self._expected), None)
+            self._tell_apart(status.apart(VERDICTS))
         except UpstreamError as error:
             # A busy engine is still the same engine.
             if error.kind != "timeout" or self.current is None:
@@ -193,6 +199,13 @@ class HandshakeKeeper:
             self._set(None, error)
         finally:
             self._tried = monotonic()
+
+    def _tell_apart(self, apart: list[str]) -> None:
+        """Ranks that judge differently: every answer was judged in full by the first one, and something is wrong with
+        the engine."""
+        if apart and not self._apart:
+            log(logging.ERROR, "the engine's ranks judge differently", reason="; ".join(apart))
+        self._apart = apart
 
     def _set(self, handshake: Handshake | None, error: EngineError | UpstreamError | None) -> None:
         if error is not None and (self.current is not None or str(error) != str(self._error)):

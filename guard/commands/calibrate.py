@@ -61,6 +61,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--dtype", default="auto", help="as vLLM will serve: auto, float32, bfloat16 (default auto)")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="as vLLM will serve (default: the model's)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="as vLLM will serve (default 1)"
+    )
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model; starts sooner")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="deals the prompts (default 0)")
     parser.set_defaults(run=run)
@@ -89,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         eager=arguments.enforce_eager,
         max_model_len=arguments.max_model_len,
+        extra={"tensor_parallel_size": arguments.tensor_parallel_size},
     ) as engine:
         calibration = calibrate(engine, bank, work)
     calibration.save(arguments.out)

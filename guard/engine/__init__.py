@@ -6,6 +6,7 @@ support.py     which vLLM, and which of its features, can be scored
 probe.py       the op that reads the residual stream of one layer, and its hooks
 kernels/       what that op and those after it do: in plain torch, in C++ for a CPU, in Triton for GPUs
 readings.py    what the probes saw in one forward pass
+ranks.py       what the ranks of a tensor-parallel engine have to agree on before they serve
 runner_v1.py   the private attributes of vLLM's V1 model runner, in one file
 step.py        a step's readings to each sequence's largest scores
 projection.py  the op that takes directions out of chosen rows, and its hooks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +17,7 @@ from guard.engine.runner_v1 import Rows
 from guard.engine.stop import Endings
 from guard.errors import CalibrationError, ConfigError
 from guard.evidence import Record
-from guard.policy import Decision, Policy, Role, decide
+from guard.policy import Action, Decision, Policy, Role, decide
 from guard.verdict import PHASES, Score, Verdict
 
 KEPT = 4096
@@ -115,6 +115,8 @@ class Ledger:
         self.tokens_recalled = 0
         self.tokens_missed = 0
         self.unscorable = 0
+        self.decided: Counter[Action] = Counter()
+        """Sequences, by what is done about them."""
 
     @staticmethod
     def _target_policy(calibration: Calibration) -> Policy:
@@ -136,6 +138,7 @@ class Ledger:
         self._running[sequence] = entry
         self._by_key.setdefault(identity.key, {})[sequence] = entry
         self.requests_judged += 1
+        self.decided[entry.decision.action] += 1
         if problem is not None:
             self._give_up(entry, problem)
 
@@ -150,6 +153,7 @@ class Ledger:
         self.requests_judged, self.unscorable = other.requests_judged, other.unscorable
         self.tokens_scored, self.tokens_recalled = other.tokens_scored, other.tokens_recalled
         self.tokens_missed = other.tokens_missed
+        self.decided = other.decided.copy()
         for entry in self._running.values():
             if entry.blocked:
                 continue
@@ -236,10 +240,8 @@ class Ledger:
                     if score.first is not None:
                         entry.first.setdefault(key, score.first)
                     entry.verdicts[key] = Verdict(score, limit.threshold, limit.ranks.p_value(key, score.value))
-        if changed and not entry.blocked:
-            # A sequence once blocked stays blocked, for the reason it was.
-            verdicts = [*(finding.verdict for finding in entry.earlier.values()), *entry.verdicts.values()]
-            entry.decision = decide(entry.policy, verdicts, entry.unscorable)
+        if changed:
+            self._decide(entry)
 
     def fail(self, sequence: str, reason: str, tokens: int = 0) -> None:
         """So many tokens of this sequence could not be scored in this step."""
@@ -298,8 +300,15 @@ class Ledger:
         if entry.unscorable is None:
             entry.unscorable = reason
             self.unscorable += 1
+        self._decide(entry)
+
+    def _decide(self, entry: Sequence) -> None:
+        # A sequence once blocked stays blocked, for the reason it was.
         if not entry.blocked:
-            entry.decision = decide(entry.policy, entry.verdicts.values(), entry.unscorable)
+            self.decided[entry.decision.action] -= 1
+            verdicts = [*(finding.verdict for finding in entry.earlier.values()), *entry.verdicts.values()]
+            entry.decision = decide(entry.policy, verdicts, entry.unscorable)
+            self.decided[entry.decision.action] += 1
 
     def _compile_policy(self, text: str | None) -> tuple[Policy, dict[ScoreKey, Limit], str | None]:
         """A policy's text to a policy, what its scores are held against, and what is wrong with it."""

@@ -82,7 +82,8 @@ class EvidenceMiddleware:
     async def _channel(self, scope: Scope) -> EvidenceClient:
         """The channel to the worker, opened at the first request: its address is the worker's to say."""
         if self._client is None:
-            address = (await self._ask_workers(scope))[0]["channel"]
+            # The rank whose output vLLM takes is the one that has it.
+            [address] = [told for answer in await self._ask_workers(scope) if (told := answer["channel"]) is not None]
             if self._client is None:  # another request may have been faster
                 self._client = EvidenceClient(address)
         return self._client

@@ -92,8 +92,17 @@ class RunnerV1:
         return int(self._runner.max_num_tokens)
 
     def dummy_run(self, rows: int) -> None:
-        """One forward pass of `rows` meaningless tokens, on the path that requests take."""
-        self._runner._dummy_run(rows)
+        """One forward pass of `rows` meaningless tokens, on the path that requests take; on every rank the same."""
+        runner = self._runner
+        # vLLM leaves zeros there: the padding token, whose embedding is often zero, too, and gives nothing to read.
+        vocabulary = runner.model_config.get_vocab_size()
+        runner.input_ids.gpu[:rows] = torch.linspace(1, vocabulary - 1, rows).to(runner.input_ids.gpu)
+        if runner.supports_mm_inputs:
+            width = runner.inputs_embeds.gpu.shape[-1]
+            noise = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+            runner.inputs_embeds.gpu[:rows] = noise.to(runner.inputs_embeds.gpu)
+        # Without attention its output is whatever the memory held.
+        runner._dummy_run(rows, force_attention=True)
 
     def watch_forward(self, before: Callable[[], None]) -> None:
         """Call `before` whenever a forward pass begins and the batch is in its order; and keep what the pass is given,

@@ -14,6 +14,9 @@ SUPPORTED_VLLM = ("0.32",)
 DRAFTERS = ("ngram",)
 """Whose guesses were seen to be scored right; others run models of their own between forward pass and sampling."""
 
+EXECUTORS = ("uni", "mp")
+"""vLLM's executors of one process and of one process per rank."""
+
 
 def check_version() -> None:
     """Raise UnsupportedEngineError unless this vLLM is one that the guard knows."""
@@ -83,8 +86,15 @@ def _features(config: VllmConfig) -> Iterator[str]:
         yield "KV transfer (tokens arrive computed elsewhere): remove --kv-transfer-config"
     if config.ec_transfer_config is not None:
         yield "encoder-cache transfer: remove --ec-transfer-config"
-    if parallel.tensor_parallel_size > 1:
-        yield "tensor parallel: set --tensor-parallel-size 1"
+    if (backend := parallel.distributed_executor_backend) not in EXECUTORS:
+        yield f"executor `{_name(backend)}`: only {', '.join(EXECUTORS)} are known to take one rank's output"
+    if parallel.nnodes > 1:
+        yield "several nodes: set --nnodes 1"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield (
+            "context parallel (no rank has every token): remove --decode-context-parallel-size and "
+            "--prefill-context-parallel-size"
+        )
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallel: set --pipeline-parallel-size 1"
     if parallel.data_parallel_size > 1:
@@ -93,3 +103,7 @@ def _features(config: VllmConfig) -> Iterator[str]:
         yield "dual-batch overlap: remove --enable-dbo"
     if config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
         yield 'CUDA graphs: add --compilation-config \'{"cudagraph_mode": "NONE"}\''
+
+
+def _name(backend: object) -> str:
+    return backend.__name__ if isinstance(backend, type) else str(backend)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -29,6 +30,7 @@ from guard.engine.handover import Handover
 from guard.engine.judge import Judge, Pass
 from guard.engine.kernels import WARM_UP
 from guard.engine.probe import Probes
+from guard.engine.ranks import Sight, check, exchange
 from guard.engine.recorder import Keep, Recorder
 from guard.engine.runner_v1 import Rows, RunnerV1
 from guard.engine.settings import EngineSettings
@@ -110,17 +112,27 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             self._shadow = Shadow(self._runner.slots())
         if self._steering is not None:
             self._steering.start(self.cache_config.enable_prefix_caching)
-        for rows in (min(each, self._runner.capacity) for each in WARM_UP):
-            self._probes.reset()
-            self._runner.dummy_run(rows)
-            try:
-                self._probes.read(rows)
-            except UnscoredError as error:
-                raise EngineError(f"the guard does not start: {error}") from error
-        if self._judge is not None:
+        ranks = get_tp_group().cpu_group
+        difference = max(check(exchange(self._sight(min(rows, self._runner.capacity)), ranks)) for rows in WARM_UP)
+        # vLLM takes its output from this rank alone, so this rank's verdicts are the ones to tell.
+        if self._judge is not None and self.is_driver_worker:
             self._channel = EvidenceServer(self._evidence)
-        log.info("guarding %d layers with bank %s", len(self._space.layers), self._bank.fingerprint)
+        log.info(
+            "guarding %d layers with bank %s; the ranks' residual streams differ by %.3g",
+            len(self._space.layers),
+            self._bank.fingerprint,
+            difference,
+        )
         return times
+
+    def _sight(self, rows: int) -> Sight:
+        """One forward pass through every probe."""
+        self._probes.reset()
+        self._runner.dummy_run(rows)
+        try:
+            return Sight.of(self._probes.read(rows))
+        except UnscoredError as error:
+            return Sight.none(rows, len(self._space.of_every_token()), len(self._space.layers), error)
 
     def shutdown(self) -> None:
         if self._channel is not None:
@@ -270,10 +282,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         return Evidence(fingerprint=fingerprint, calibration=judge.digest, records=tuple(judge.ledger.records(key)))
 
     def undertow_status(self) -> str:
-        """`WorkerStatus` as JSON, with the evidence channel's address beside it."""
+        """`WorkerStatus` as JSON, with the evidence channel's address beside it, if this rank has it."""
         judge = self._guarding
-        if self._channel is None:
-            raise EngineError("this engine has not warmed up")
         ledger = judge.ledger
         status = WorkerStatus(
             rank=self.rank,
@@ -292,8 +302,11 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             tokens_missed=ledger.tokens_missed,
             unscorable=ledger.unscorable,
             steering=self._steering is not None,
+            flagged=ledger.decided["flag"],
+            blocked=ledger.decided["block"],
         )
-        return json.dumps({"worker": status.model_dump(mode="json"), "channel": self._channel.address})
+        channel = None if self._channel is None else self._channel.address
+        return json.dumps({"worker": status.model_dump(mode="json"), "channel": channel})
 
     def undertow_evidence(self, key: str) -> str:
         """`Evidence` of one request as JSON, for engines without an API process."""
@@ -365,5 +378,6 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         """Write what was recorded, and record no more. Raises EngineError where nothing was asked for."""
         if self._recorder is None:
             raise EngineError("nothing is being recorded")
-        self._recorder.write(Path(path))
+        if self.is_driver_worker:  # what the others recorded is the same
+            self._recorder.write(Path(path))
         self._recorder = None

@@ -15,7 +15,7 @@ examples:
   undertow status --engine http://gpu-1:8000 --no-server
   undertow status --json
 
-Exit code 0 where every worker answers and the server is ready, 1 where not.
+Exit code 0 where every worker answers, all counted alike, and the server is ready; 1 where not.
 """
 
 TIMEOUT_S = 15.0
@@ -41,22 +41,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print both. Raises ConfigError for an address that is none, EngineError where nobody answers."""
-    from guard.evidence import STATUS_PATH, Status
+    from guard.evidence import COVERAGE, STATUS_PATH, VERDICTS, Status
 
     status = Status.from_json(_get(arguments.engine, STATUS_PATH, "engine", good=(200,)))
     ready = None if arguments.no_server else json.loads(_get(arguments.server, "/readyz", "server", good=(200, 503)))
+    apart = status.apart((*COVERAGE, *VERDICTS))
     if arguments.json:
         print(json.dumps({"engine": status.model_dump(mode="json"), "server": ready}, indent=1))
     else:
         for worker in status.workers:
             print("\n".join(_lines(worker)))
+        for line in apart:
+            print(f"the ranks differ in {line}")
         if ready is not None:
             print("server")
             for name, state in ready["checks"].items():
                 reason = ready["reasons"].get(name)
                 print(f"  {name:<18} {state}{f': {reason}' if reason else ''}")
             print(f"  {'last canary':<18} {_canary(ready.get('canary'))}")
-    return 0 if ready is None or ready["ready"] else 1
+    return 0 if not apart and (ready is None or ready["ready"]) else 1
 
 
 def _lines(worker: WorkerStatus) -> list[str]:
@@ -76,6 +79,7 @@ def _lines(worker: WorkerStatus) -> list[str]:
         "coverage": _coverage(worker),
         "tokens": f"{worker.tokens_scored:,} scored, {worker.tokens_recalled:,} from the prefix cache",
         "unscorable": f"{worker.unscorable:,} requests",
+        "decided": f"{worker.flagged:,} flagged, {worker.blocked:,} blocked",
     }
     return [f"worker {worker.rank}", *(f"  {name:<18} {value}" for name, value in rows.items())]
 

@@ -5,8 +5,10 @@ pytest's own process never imports vLLM, which changes signal handlers, threads 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 EAGER: dict[str, Any] = {"dtype": "float32", "eager": True, "max_model_len": 512}
@@ -152,6 +154,104 @@ def support_error(model: Path, changes: dict[str, object], steers: bool | None =
     except UnsupportedEngineError as error:
         return str(error)
     return ""
+
+
+class Judged(NamedTuple):
+    """What an engine made of some prompts."""
+
+    generated: list[tuple[int, ...]]
+    prompt_tokens: list[int]
+    records: list[list[Any]]
+    """One list of `Record` per rank."""
+    status: Any
+    """`Status`, of all ranks."""
+    channels: int
+    """How many ranks have an evidence channel."""
+
+
+def judged(model: Path, bank: Path, calibration: Path, texts: list[str]) -> Judged:
+    """The prompts on an engine of one rank, with the prefix cache and chunked prompts."""
+    from guard.engine.offline import OfflineEngine
+
+    with OfflineEngine(model, bank, calibration, **EAGER, extra=CHUNKED) as engine:
+        return _judged(engine, texts)
+
+
+def judged_by_two(
+    model: Path, bank: Path, calibration: Path, texts: list[str], spoil: tuple[str, ...]
+) -> tuple[list[Judged], list[str]]:
+    """The same on two ranks; then once more after each method of `meddled.MeddledWorker` that is named in `spoil`. And
+    what the ranks say when they compare what they see: before, and after the last sum is not summed any more."""
+    from guard.engine.offline import OfflineEngine
+
+    with (
+        _two_ranks("MeddledWorker") as options,
+        OfflineEngine(model, bank, calibration, **EAGER, extra=options) as engine,
+    ):
+        call = engine._llm.collective_rpc
+        said = [*call("compare")]
+        found = [_judged(engine, texts)]
+        for method in spoil:
+            call(method)
+            found.append(_judged(engine, texts))
+        call("find_the_hook")
+        call("keep_a_sum")
+        return found, [*said, *call("compare")]
+
+
+def rank_start_error(model: Path, bank: Path, calibration: Path) -> str:
+    """What an engine of two ranks says when the second has lost a hook before it started."""
+    from guard.engine.offline import OfflineEngine
+
+    with _two_ranks("HalfHookedWorker") as options:
+        try:
+            engine = OfflineEngine(model, bank, calibration, **EAGER, extra=options)
+        except RuntimeError as error:  # vLLM's, from another process
+            _forget()
+            return str(error)
+    engine.close()
+    return "it started"
+
+
+CHUNKED: dict[str, Any] = {
+    "enable_prefix_caching": True,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 8,
+    "block_size": 32,
+}
+
+
+@contextmanager
+def _two_ranks(worker: str) -> Iterator[dict[str, Any]]:
+    # A machine without as many NUMA nodes; and vLLM waits for its workers to end by themselves, which they never do.
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "0"}
+    with mock.patch.dict("os.environ", variables):
+        yield {**CHUNKED, "tensor_parallel_size": 2, "worker_cls": f"tests.e2e.meddled.{worker}"}
+
+
+def _judged(engine: Any, texts: list[str]) -> Judged:
+    import json
+
+    from vllm import SamplingParams
+
+    from guard.evidence import POLICY_ARGUMENT, Evidence, Status
+    from guard.policy import Policy
+
+    engine._llm.reset_prefix_cache()
+    policy = Policy.model_validate({"detections": {"density": {"action": "block", "threshold": {"fpr": 0.02}}}})
+    parameters = SamplingParams(temperature=0.0, max_tokens=16, extra_args={POLICY_ARGUMENT: policy.to_wire()})
+    # Twice: the second time from the cache.
+    chats = [engine._tokens(each) for each in prompts(texts)]
+    outputs = [output for _ in range(2) for output in engine._llm.generate(chats, parameters, use_tqdm=False)]
+    asked = [engine._llm.collective_rpc("undertow_evidence", args=(output.request_id,)) for output in outputs]
+    told = [json.loads(answer) for answer in engine._llm.collective_rpc("undertow_status")]
+    return Judged(
+        generated=[tuple(output.outputs[0].token_ids) for output in outputs],
+        prompt_tokens=[len(output.prompt_token_ids) for output in outputs],
+        records=[[Evidence.from_json(text).records[0] for text in rank] for rank in zip(*asked, strict=True)],
+        status=Status.model_validate({"workers": [answer["worker"] for answer in told]}),
+        channels=sum(answer["channel"] is not None for answer in told),
+    )
 
 
 def prompts(texts: list[str]) -> list[Any]:

@@ -84,7 +84,11 @@ def test_a_served_engine_that_is_refused_says_so_to_whoever_started_it(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"parallel_config.tensor_parallel_size": 2}, "tensor parallel"),
+        ({"parallel_config.distributed_executor_backend": "ray"}, "executor `ray`"),
+        ({"parallel_config.distributed_executor_backend": "external_launcher"}, "executor `external_launcher`"),
+        ({"parallel_config.nnodes": 2}, "several nodes"),
+        ({"parallel_config.decode_context_parallel_size": 2}, "context parallel"),
+        ({"parallel_config.prefill_context_parallel_size": 2}, "context parallel"),
         ({"parallel_config.pipeline_parallel_size": 2}, "pipeline parallel"),
         ({"parallel_config.data_parallel_size": 2}, "data parallel"),
         ({"cache_config.kv_sharing_fast_prefill": True}, "fast prefill"),
@@ -105,8 +109,13 @@ def test_what_this_machine_cannot_switch_on_is_refused_by_name_too(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"scheduler_config.async_scheduling": True}, {"cache_config.enable_prefix_caching": True}],
-    ids=["nothing", "asynchronous scheduling", "prefix caching"],
+    [
+        {},
+        {"scheduler_config.async_scheduling": True},
+        {"cache_config.enable_prefix_caching": True},
+        {"parallel_config.tensor_parallel_size": 2, "parallel_config.distributed_executor_backend": "mp"},
+    ],
+    ids=["nothing", "asynchronous scheduling", "prefix caching", "tensor parallel"],
 )
 def test_what_vllm_does_by_itself_is_not_refused(
     organism: Organism, in_child: Callable[..., Any], changes: dict[str, object]

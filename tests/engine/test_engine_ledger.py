@@ -629,3 +629,21 @@ def test_tokens_without_a_score_are_counted_once() -> None:
     book.fail(SEQUENCE, "layer 3", 4)
     book.cover(Rows(SEQUENCE, 0, 1, 16, 20, False))
     assert book.tokens_missed == 17
+
+
+# -- counts -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_sequence_is_counted_under_what_is_done_about_it_last() -> None:
+    book = ledger()
+    actions = [("flag", 11.0), ("block", 11.0), ("block", 9.0), ("flag", 9.0), ("flag", 12.0)]
+    for index, (action, score) in enumerate(actions):
+        book.admit(str(index), policy(action=action).to_wire(), Endings(STOP))
+        book.score(str(index), [a_score(score)])
+        book.score(str(index), [a_score(score + 0.5)])
+    book.fail("0", "planted")  # flagged, and under `enforce` it does not pass now
+    book.fail("1", "planted")  # blocked already
+    assert (book.decided["allow"], book.decided["flag"], book.decided["block"]) == (2, 1, 2)
+    after = ledger()
+    after.adopt(book)
+    assert after.decided.total() == 5

@@ -303,10 +303,30 @@ async def test_a_guard_that_comes_back_serves_again(build: Callable[..., Engine]
     assert REQUEST_HEADER in headers(await engine.call(CHAT, headers=ASK))
 
 
+def second_rank(channel: str | None) -> str:
+    return json.dumps({"worker": WORKER.model_copy(update={"rank": 1}).model_dump(mode="json"), "channel": channel})
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_evidence_comes_from_the_rank_that_has_the_channel(build: Callable[..., Engine], place: int) -> None:
+    engine = build()
+    engine.workers.insert(place, second_rank(None))
+    assert REQUEST_HEADER in headers(await engine.call(CHAT, headers=ASK))
+
+
+@pytest.mark.parametrize("channel", ["ipc://x", None])
+async def test_without_one_rank_that_speaks_for_all_nothing_is_generated(
+    build: Callable[..., Engine], channel: str | None
+) -> None:
+    engine = build()
+    engine.workers = [second_rank(channel), second_rank(channel)]
+    assert (await engine.call(CHAT, headers=ASK))[0]["status"] == 503
+    assert engine.request_ids == []
+
+
 async def test_the_status_names_every_worker(build: Callable[..., Engine]) -> None:
     engine = build()
-    second = {"worker": WORKER.model_copy(update={"rank": 1}).model_dump(mode="json"), "channel": "ipc://x"}
-    engine.workers.append(json.dumps(second))
+    engine.workers.append(second_rank("ipc://x"))
     answer = await engine.call(STATUS_PATH, method="GET")
     assert answer[0]["status"] == 200
     status = Status.from_json(b"".join(bodies(answer)))

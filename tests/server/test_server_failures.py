@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from guard.evidence import Status
 from server.app import create_app
 from server.errors import FAILURE_KINDS
 
@@ -301,6 +302,18 @@ def test_an_engine_that_does_not_fit_the_settings_is_not_ready_and_serves_nothin
         answer = proxy.post(CHAT, chat_body())
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guard_unavailable")
         assert engine.bodies == [], "what could not be judged never reached the model"
+
+
+def test_ranks_that_judge_differently_are_told_in_the_log_once_and_serve(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    first, second = status().workers
+    engine.status = Status(workers=(first, second.model_copy(update={"blocked": 2})))
+    caplog.set_level(logging.ERROR)
+    with hosted(engine.app) as upstream, hosted(create_app(settings_for(upstream.url)), "on") as host:
+        for _ in range(2):
+            assert Proxy(host).get("/readyz").status_code == 200
+    ours = [record for record in caplog.records if record.message == "the engine's ranks judge differently"]
+    assert [fields(record)["reason"] for record in ours] == ["blocked: 0 by rank 0, 2 by rank 1"]
 
 
 def test_monitor_passes_without_a_handshake_and_says_unguarded() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from guard.evidence import Status
+from guard.evidence import COVERAGE, VERDICTS, Status
 from guard.policy import Policy
 from guard.verdict import DetectorName
 from server.handshake import Handshake, HandshakeError, agree
@@ -107,3 +107,37 @@ def test_every_worker_has_to_keep_the_rate() -> None:
 @pytest.mark.parametrize("mode", ["off"])
 def test_where_nothing_is_judged_no_rate_has_to_be_kept(mode: str) -> None:
     assert agree(status(supported_fpr=0.4), policy(mode, density={"fpr": 0.01}), None).workers == 2
+
+
+def ranks(**second: object) -> Status:
+    """Two, of which the second says something else."""
+    first, other = status().workers
+    return Status(workers=(first, other.model_copy(update=second)))
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"fingerprint": "other"}, "do not agree on the fingerprint: ffffffffffffffff, other"),
+        ({"calibration": "other"}, "do not agree on the calibration: cccccccccccccccc, other"),
+        ({"reserved_token_id": 7}, "do not agree on the reserved token id: 7, 999"),
+        ({"layers": (1, 2)}, "do not agree on the layers: 1, 2, 1, 2, 3"),
+        (
+            {"unscorable": 2},
+            "a rank of the engine did not score .* did: unscorable: 0 by rank 0, 2 by rank 1",
+        ),
+        ({"requests_judged": 5}, "did not score what another did: requests_judged: 0 by rank 0, 5 by rank 1"),
+    ],
+)
+def test_ranks_that_guard_with_different_things_are_an_error(second: dict[str, object], said: str) -> None:
+    with pytest.raises(HandshakeError, match=said):
+        agree(ranks(**second), BOTH, None)
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_what_ranks_decide_differently_is_told_and_no_error(name: str) -> None:
+    """The first rank's verdicts hold, and it has judged everything."""
+    found = ranks(**{name: 3})
+    assert agree(found, BOTH, None).workers == 2
+    assert found.apart(VERDICTS) == [f"{name}: 0 by rank 0, 3 by rank 1"]
+    assert status().apart((*COVERAGE, *VERDICTS)) == []

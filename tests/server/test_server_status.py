@@ -7,12 +7,13 @@ import socket
 
 import pytest
 
+from guard.evidence import COVERAGE, VERDICTS, Status
 from server import cli
 
 from .conftest import Proxy
 from .fake_engine import FINGERPRINT, FakeEngine, Script
 from .fake_engine import status as status_of
-from .hosting import Host
+from .hosting import Host, hosted
 
 
 def status(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -53,6 +54,18 @@ def test_coverage_is_of_all_tokens_seen_and_never_rounded_up(
         engine.status = status_of()
     assert "coverage           999,999 of 1,000,000 tokens (99.99%)" in out
     assert "generation         3\n" in out
+
+
+@pytest.mark.parametrize("name", [*COVERAGE, *VERDICTS])
+def test_ranks_that_do_not_count_alike_are_told_and_not_well(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine()
+    first, second = engine.status.workers
+    engine.status = Status(workers=(first, second.model_copy(update={name: 1234})))
+    with hosted(engine.app) as host:
+        code, out, _ = status(capsys, "--engine", host.url, "--no-server")
+        assert code == 1
+        assert f"the ranks differ in {name}: 0 by rank 0, 1234 by rank 1" in out
+        assert status(capsys, "--engine", host.url, "--no-server", "--json")[0] == 1
 
 
 def test_as_json_it_is_both_answers_whole(
