@@ -82,9 +82,9 @@ class Evidence(_Wire):
 
     version: Literal[1] = EVIDENCE_VERSION
     fingerprint: str
-    """Of the bank that guards now."""
+    """Of the bank that guards now the model that the request names; empty where none does."""
     calibration: str
-    """`Calibration.digest` of the one that guards now."""
+    """`Calibration.digest` of the one that guards it now; empty where none does."""
     records: tuple[Record, ...]
 
     def to_json(self) -> str:
@@ -117,12 +117,23 @@ class DetectorStatus(_Wire):
     """The smallest rate that the calibration supports for them together."""
 
 
+class AdapterStatus(_Wire):
+    """What guards the requests that use one LoRA adapter."""
+
+    name: str
+    """As vLLM serves it: what requests name as their model."""
+    fingerprint: str
+    calibration: str
+    detectors: tuple[DetectorStatus, ...]
+
+
 class WorkerStatus(_Wire):
     """What one worker guards with."""
 
     rank: int
-    fingerprint: str
-    calibration: str
+    fingerprint: str | None
+    """Of the bank of the model itself. None: only adapters have banks, and a request that uses none is unscorable."""
+    calibration: str | None
     """Digest of the calibration file's content."""
     generation: Annotated[int, Field(ge=1)]
     """Which guard it is: 1 at the engine's start, one more with every change."""
@@ -131,6 +142,7 @@ class WorkerStatus(_Wire):
     reserved_token_id: int
     detectors: tuple[DetectorStatus, ...]
     """Every combination of the detectors that the bank has directions for."""
+    adapters: tuple[AdapterStatus, ...] = ()
     undertow_version: str
     vllm_version: str
     dtype: str

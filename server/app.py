@@ -31,7 +31,7 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> F
     upstream = Upstream(settings.upstream, environ)
 
     def loaded(handshake: Handshake | None) -> None:
-        metrics.loaded(handshake.fingerprint if handshake else "")
+        metrics.loaded((handshake and handshake.fingerprint) or "")
 
     keeper = HandshakeKeeper(upstream, settings.policy, settings.upstream.fingerprint, loaded)
     gateway = Gateway(settings.policy, settings.limits, upstream, keeper, metrics)

@@ -140,11 +140,13 @@ class Assessor:
             evidence = Evidence.from_json(text)
         except EvidenceError as error:
             return GuardFailure("evidence_invalid", str(error))
-        told, agreed = (
-            f"bank {each.fingerprint} with calibration {each.calibration}" for each in (evidence, self._handshake)
-        )
-        if told != agreed and not self._knows(evidence):
-            return GuardFailure("fingerprint", f"evidence is of {told}, the handshake of {agreed}")
+        told = evidence.fingerprint, evidence.calibration
+        agreed = self._handshake.guard_of(self._call.fields.get("model"))
+        # An adapter's guard cannot be changed while the engine runs: what is known besides is the model's own.
+        own = self._handshake.guard_of(None)
+        if told != agreed and not (agreed == own and self._knows(evidence)):
+            said, held = (f"bank {bank or 'none'} with calibration {cal or 'none'}" for bank, cal in (told, agreed))
+            return GuardFailure("fingerprint", f"evidence is of {said}, the handshake of {held}")
         self.evidence = evidence
         self.blocked = {
             self._call.index(record.prompt_index, record.choice_index): record

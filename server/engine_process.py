@@ -16,7 +16,7 @@ from typing import Self
 import httpx
 
 import guard.errors
-from guard.engine.launch import engine_environment, serve_arguments, serve_command
+from guard.engine.launch import GuardedAdapter, engine_environment, serve_arguments, serve_command
 from guard.errors import EngineError, InputError, UndertowError
 
 START_TIMEOUT_S = 600.0
@@ -34,21 +34,22 @@ class EngineProcess:
     def __init__(
         self,
         model: Path,
-        bank: Path,
-        fingerprint: str,
-        calibration: Path,
+        bank: Path | None,
+        fingerprint: str | None,
+        calibration: Path | None,
         *,
         host: str = "127.0.0.1",
         port: int = 8000,
         log: Path,
         extra: Sequence[str] = (),
         steering: bool = False,
+        adapters: Sequence[GuardedAdapter] = (),
     ) -> None:
         """`log` receives what vLLM prints. `extra` are further arguments of `vllm serve`. `steering`: policies may
-        steer."""
+        steer. For the others see `launch.additional_config`."""
         self.url = f"http://{host}:{port}"
         self._log = log
-        arguments = serve_arguments(model, bank, fingerprint, calibration, host, port, extra, steering)
+        arguments = serve_arguments(model, bank, fingerprint, calibration, host, port, extra, steering, adapters)
         command = [*serve_command(), *arguments]
         with log.open("wb") as output:
             # A session of its own: Ctrl-C in the terminal reaches us alone, and we end the engine in good order.

@@ -11,16 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from time import monotonic
+from typing import TypeVar
 
 from guard.errors import EngineError, EvidenceError
-from guard.evidence import COVERAGE, STATUS_PATH, VERDICTS, Evidence, Status
+from guard.evidence import COVERAGE, STATUS_PATH, VERDICTS, DetectorStatus, Evidence, Status, WorkerStatus
 from guard.policy import Policy
 from server.errors import UpstreamError
 from server.logs import log
 from server.upstream import Upstream
+
+T = TypeVar("T")
 
 _RETRY_S = 0.5
 """A failed handshake is tried again for a request after this long: a crowd of them must not storm the engine."""
@@ -41,11 +44,19 @@ class HandshakeError(EngineError):
 class Handshake:
     """What every worker of the engine guards with."""
 
-    fingerprint: str
-    calibration: str
+    fingerprint: str | None
+    """Of the model's own bank; None where only adapters have banks."""
+    calibration: str | None
     generation: int
     reserved_token_id: int
     workers: int
+    adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Of every LoRA adapter's guard, bank and calibration, by the name that requests give as their model."""
+
+    def guard_of(self, model: object) -> tuple[str, str]:
+        """Bank and calibration that judge a request for this model; both empty where none do."""
+        own = self.adapters.get(model) if isinstance(model, str) else None
+        return own or (self.fingerprint or "", self.calibration or "")
 
 
 def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> Handshake:
@@ -54,8 +65,10 @@ def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> H
         raise HandshakeError("no worker of the engine has a guard")
     fingerprint = _same("fingerprint", (worker.fingerprint for worker in status.workers))
     calibration = _same("calibration", (worker.calibration for worker in status.workers))
-    generation = _same("generation", (str(worker.generation) for worker in status.workers))
-    reserved = _same("reserved token id", (str(worker.reserved_token_id) for worker in status.workers))
+    generation = _same("generation", (worker.generation for worker in status.workers))
+    reserved = _same("reserved token id", (worker.reserved_token_id for worker in status.workers))
+    _same("adapters", (_named(worker) for worker in status.workers))
+    adapters = {each.name: (each.fingerprint, each.calibration) for each in status.workers[0].adapters}
     _same("layers", (", ".join(map(str, worker.layers)) for worker in status.workers))
     if expected_fingerprint is not None and fingerprint != expected_fingerprint:
         raise HandshakeError(
@@ -65,14 +78,18 @@ def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> H
         _check_detectors(status, policy)
     if apart := status.apart(COVERAGE):
         raise HandshakeError(f"a rank of the engine did not score what another did: {'; '.join(apart)}")
-    return Handshake(fingerprint, calibration, int(generation), int(reserved), len(status.workers))
+    return Handshake(fingerprint, calibration, generation, reserved, len(status.workers), adapters)
 
 
-def _same(what: str, values: Iterable[str]) -> str:
-    found = sorted(set(values))
+def _same(what: str, values: Iterable[T]) -> T:
+    found = list(dict.fromkeys(values))
     if len(found) > 1:
-        raise HandshakeError(f"the engine's workers do not agree on the {what}: {', '.join(found)}")
+        raise HandshakeError(f"the engine's workers do not agree on the {what}: {', '.join(sorted(map(str, found)))}")
     return found[0]
+
+
+def _named(worker: WorkerStatus) -> tuple[str, ...]:
+    return tuple(f"{each.name} {each.fingerprint} {each.calibration}" for each in worker.adapters)
 
 
 def _check_detectors(status: Status, policy: Policy) -> None:
@@ -82,23 +99,28 @@ def _check_detectors(status: Status, policy: Policy) -> None:
                 f"the policy steers, but worker {worker.rank} was started without `undertow.steering`; "
                 "start it with `undertow up --steering`"
             )
-        supported = {entry.detectors: entry.supported_fpr for entry in worker.detectors}
-        for name in policy.detections:
-            if (name,) not in supported:
-                known = ", ".join(names[0] for names in supported if len(names) == 1)
-                raise HandshakeError(
-                    f"the policy detects by `{name}`, but worker {worker.rank} has {known or 'nothing'}"
-                )
-        for fpr, names in policy.shared_rates().items():
-            sharing = " and ".join(names) + (" together" if len(names) > 1 else "")
-            if names not in supported:
-                raise HandshakeError(f"worker {worker.rank} says nothing of {sharing}: is it of another version?")
-            if fpr < supported[names]:
-                raise HandshakeError(
-                    f"`policy.detections.{names[0]}.threshold.fpr` is {fpr:g}, but the calibration of worker "
-                    f"{worker.rank} supports {supported[names]:g} and above for {sharing}; calibrate with more clean "
-                    "requests"
-                )
+        if worker.fingerprint is not None:
+            _check_supported(f"worker {worker.rank}", worker.detectors, policy)
+        for adapter in worker.adapters:
+            _check_supported(f"worker {worker.rank} for adapter `{adapter.name}`", adapter.detectors, policy)
+
+
+def _check_supported(who: str, detectors: Iterable[DetectorStatus], policy: Policy) -> None:
+    supported = {entry.detectors: entry.supported_fpr for entry in detectors}
+    for name in policy.detections:
+        if (name,) not in supported:
+            known = ", ".join(names[0] for names in supported if len(names) == 1)
+            raise HandshakeError(f"the policy detects by `{name}`, but {who} has {known or 'nothing'}")
+    for fpr, names in policy.shared_rates().items():
+        sharing = " and ".join(names) + (" together" if len(names) > 1 else "")
+        if names not in supported:
+            raise HandshakeError(f"{who} says nothing of {sharing}: is it of another version?")
+        if fpr < supported[names]:
+            raise HandshakeError(
+                f"`policy.detections.{names[0]}.threshold.fpr` is {fpr:g}, but the calibration of "
+                f"{who} supports {supported[names]:g} and above for {sharing}; calibrate with more clean "
+                "requests"
+            )
 
 
 class HandshakeKeeper:
@@ -152,7 +174,8 @@ class HandshakeKeeper:
         """Renew the handshake where evidence names what it does not know: the guard may have just been changed."""
         if text is None or self.current is None:
             return  # where there is no handshake, `get` and `watch` are at it
-        if any(bank.encode() in text and calibration.encode() in text for bank, calibration in self._agreed):
+        known = [*self._agreed, self.current.guard_of(None), *self.current.adapters.values()]
+        if any(bank.encode() in text and calibration.encode() in text for bank, calibration in known):
             return
         try:
             evidence = Evidence.from_json(text)
@@ -218,10 +241,11 @@ class HandshakeKeeper:
                 calibration=handshake.calibration,
                 generation=handshake.generation,
                 workers=handshake.workers,
+                adapters=sorted(handshake.adapters),
             )
         if handshake is None:
             self._agreed.clear()  # an engine that comes back is another one
-        elif (agreed := (handshake.fingerprint, handshake.calibration)) not in self._agreed:
+        elif (agreed := handshake.guard_of(None)) not in self._agreed:
             self._agreed.append(agreed)
         changed = handshake != self.current
         self.current = handshake

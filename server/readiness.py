@@ -103,7 +103,11 @@ class Readiness:
 
     async def _canary(self, handshake: Handshake) -> None:
         """One real token through the engine, with complete evidence. Raises CanaryError or UpstreamError."""
-        call = read_call(TEXT, b'{"prompt": "Hello", "max_tokens": 1, "temperature": 0}')
+        fields: dict[str, object] = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
+        if handshake.fingerprint is None:
+            # Only adapters have banks: the model itself cannot be scored.
+            fields["model"] = min(handshake.adapters)
+        call = read_call(TEXT, json.dumps(fields).encode())
         body = call.upstream_body(self._policy, handshake.reserved_token_id)
         async with self._upstream.post(TEXT.path, body, None, f"canary-{uuid4().hex}", Stopwatch()) as answer:
             content = await answer.read()

@@ -29,8 +29,7 @@ the tuned model's own o_proj and down_proj, with a warning: method raw-svd.
 
   base     the folder of the model that fine-tuning started from (config.json, safetensors)
   tuned    the folder of the model that you serve: same class, same shapes
-  adapter  instead of tuned: the folder of a PEFT LoRA adapter; to inspect what it adds. Serving it under guard is not
-           supported yet: merge it, and build the bank of the merged model with --tuned
+  adapter  instead of tuned: the folder of a PEFT LoRA adapter that is served beside this base, not merged into it
 """
 
 BUILD_EXAMPLES = """\

@@ -37,6 +37,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--bank", type=Path, required=True, metavar="FILE", help="the bank, from `undertow bank build`")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the fine-tuned model that will serve")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="the LoRA adapter that --bank is for; --model is then the base that serves it",
+    )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="clean prompts, one per line")
     parser.add_argument("--extends", type=Path, metavar="FILE", help="with extend: the calibration to extend")
     parser.add_argument(
@@ -93,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         eager=arguments.enforce_eager,
         max_model_len=arguments.max_model_len,
         extra={"tensor_parallel_size": arguments.tensor_parallel_size},
+        adapter=arguments.adapter,
     ) as engine:
         calibration = calibrate(engine, bank, work)
     calibration.save(arguments.out)

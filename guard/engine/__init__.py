@@ -8,6 +8,9 @@ kernels/       what that op and those after it do: in plain torch, in C++ for a 
 readings.py    what the probes saw in one forward pass
 ranks.py       what the ranks of a tensor-parallel engine have to agree on before they serve
 runner_v1.py   the private attributes of vLLM's V1 model runner, in one file
+guards.py      one guard per bank: of the base model, and of every adapter
+banks.py       several banks for one set of probes
+adapters.py    whether the weights that vLLM holds for an adapter are its bank's
 step.py        a step's readings to each sequence's largest scores
 projection.py  the op that takes directions out of chosen rows, and its hooks
 courses.py     which sequences are steered: along what, from which token on

@@ -46,6 +46,8 @@ class Candidate:
         """
         bank = now.bank
         if wanted.fingerprint != bank.fingerprint:
+            if settings.bank is None:
+                raise ConfigError("this engine was started without a bank of the model itself")
             bank = Bank.load(settings.bank)
             if bank.fingerprint != wanted.fingerprint:
                 raise BankError(

@@ -22,7 +22,13 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from guard.engine.launch import additional_config, engine_environment, engine_options
+from guard.engine.launch import (
+    GuardedAdapter,
+    additional_config,
+    engine_environment,
+    engine_options,
+    lora_rank,
+)
 from guard.engine.recorder import Keep
 from guard.engine.support import check_version
 from guard.evidence import POLICY_ARGUMENT, Evidence, Record
@@ -62,12 +68,17 @@ class OfflineEngine:
         max_model_len: int | None = None,
         own_process: bool = False,
         steering: bool = False,
+        adapter: Path | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
         """Start vLLM with the guard, in this process unless it gets its own; raises InputError or EngineError as the
-        worker does, where bank and model differ."""
+        worker does, where bank and model differ. `adapter`: a LoRA adapter's folder, which every request uses; the bank
+        is the adapter's then."""
         check_version()
         fingerprint = read_header(bank).fingerprint
+        self._adapter: GuardedAdapter | None = None
+        if adapter is not None:
+            self._adapter = GuardedAdapter(adapter.resolve().name, adapter, bank, fingerprint, calibration)
         # One process: errors arrive as they were raised, and a second import of vLLM is saved.
         environment = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process))}
         options: dict[str, Any] = {
@@ -81,6 +92,7 @@ class OfflineEngine:
             "enable_prefix_caching": False,
             "async_scheduling": False,
             **({"max_model_len": max_model_len} if max_model_len else {}),
+            **({} if self._adapter is None else _lora_options(self._adapter)),
             **(extra or {}),
         }
         with _environment(environment):
@@ -127,13 +139,17 @@ class OfflineEngine:
 
     def _run(self, prompts: Sequence[Prompt], policy: Policy | None, max_tokens: int, title: str) -> Iterator[Answer]:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         arguments = None if policy is None else {POLICY_ARGUMENT: policy.to_wire()}
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, extra_args=arguments)
+        lora = (
+            None if self._adapter is None else LoRARequest(self._adapter.name, 1, str(self._adapter.folder.resolve()))
+        )
         with tqdm(total=len(prompts), desc=title, unit="prompt", disable=not title) as bar:
             for first in range(0, len(prompts), BATCH):
                 batch = [self._tokens(prompt) for prompt in prompts[first : first + BATCH]]
-                for output in self._llm.generate(batch, parameters, use_tqdm=False):
+                for output in self._llm.generate(batch, parameters, use_tqdm=False, lora_request=lora):
                     record = None if policy is None else self._record(output.request_id)
                     completion = output.outputs[0]
                     yield Answer(
@@ -154,6 +170,14 @@ class OfflineEngine:
     def _record(self, request_id: str) -> Record:
         answer = self._llm.collective_rpc("undertow_evidence", args=(request_id,))[0]
         return Evidence.from_json(answer).records[0]
+
+
+def _lora_options(adapter: GuardedAdapter) -> dict[str, Any]:
+    return {
+        "additional_config": additional_config(None, None, None, adapters=[adapter]),
+        "enable_lora": True,
+        "max_lora_rank": lora_rank(adapter.folder),
+    }
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The private attributes of vLLM's V1 model runner that the guard reads, in this one file.
 
-Checked against vLLM 0.32 (`v1/worker/gpu_model_runner.py`, `v1/worker/gpu_input_batch.py`, `v1/worker/block_table.py`);
-`support.py` refuses others.
+Checked against vLLM 0.32 (`v1/worker/gpu_model_runner.py`, `v1/worker/gpu_input_batch.py`, `v1/worker/block_table.py`,
+`lora/worker_manager.py`); `support.py` refuses others.
 """
 
 from __future__ import annotations
@@ -174,6 +174,19 @@ class RunnerV1:
     def schedules_ahead(self) -> bool:
         """Whether tokens are sampled before the scheduler has seen the last ones."""
         return bool(self._runner.use_async_scheduling)
+
+    def adapter(self, number: int) -> object | None:
+        """What holds the weights of a LoRA adapter: another object whenever they were read again, None where there are
+        none."""
+        held: object | None = self._runner.lora_manager._adapter_manager.get_adapter(number)
+        return held
+
+    def last_slot_taken(self) -> bool:
+        """Whether an adapter lies in the last of the slots that `--max-loras` makes."""
+        return (
+            bool(self._runner.lora_config)
+            and self._runner.lora_manager._adapter_manager.lora_index_to_id[-1] is not None
+        )
 
     # -- where the KV cache keeps tokens ------------------------------------------------------------------------------
 

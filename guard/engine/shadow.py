@@ -36,6 +36,10 @@ class Shadow:
         self._coordinates[slots] = coordinates.int()
         self._generations[slots] = self._generation
 
+    def erase(self, slots: torch.Tensor) -> None:
+        """These slots, int64 [T], hold the KV of tokens that were not scored here."""
+        self._generations[slots] = 0
+
     def copy(self, source: slice, target: slice) -> None:
         """The KV of one block was copied into another."""
         for kept in (self._values, self._coordinates, self._generations):

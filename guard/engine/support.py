@@ -80,8 +80,10 @@ def _features(config: VllmConfig) -> Iterator[str]:
             yield f"speculative decoding with `{drafter.method}`: only {', '.join(DRAFTERS)} is known"
         if scheduler.async_scheduling:
             yield "speculative decoding with asynchronous scheduling: add --no-async-scheduling"
-    if config.lora_config is not None:
-        yield "LoRA adapters (each needs a bank of its own): remove --enable-lora"
+    if config.lora_config is not None and parallel.tensor_parallel_size > 1:
+        yield "LoRA adapters with tensor parallel (not tried): set --tensor-parallel-size 1"
+    if (lora := config.lora_config) is not None and lora.target_modules is not None:
+        yield "LoRA adapters served in part (their banks are of the whole): remove --lora-target-modules"
     if config.kv_transfer_config is not None:
         yield "KV transfer (tokens arrive computed elsewhere): remove --kv-transfer-config"
     if config.ec_transfer_config is not None:

@@ -19,33 +19,33 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from guard.bank import Bank
 from guard.calibration import Calibration
-from guard.checkpoints import Checkpoint
 from guard.control import Wanted
+from guard.engine.adapters import shown
 from guard.engine.ahead import Ending
 from guard.engine.candidate import Candidate, Surroundings, check_calibration
 from guard.engine.channel import EvidenceServer
+from guard.engine.guards import Guards, Seen
 from guard.engine.handover import Handover
-from guard.engine.judge import Judge, Pass
+from guard.engine.judge import Judge
 from guard.engine.kernels import WARM_UP
 from guard.engine.probe import Probes
 from guard.engine.ranks import Sight, check, exchange
 from guard.engine.recorder import Keep, Recorder
 from guard.engine.runner_v1 import Rows, RunnerV1
-from guard.engine.settings import EngineSettings
-from guard.engine.shadow import Shadow
+from guard.engine.settings import BASE, EngineSettings
 from guard.engine.steering import Steering
 from guard.engine.stop import Endings, Stop, choose_reserved_token, replace_sampled
 from guard.engine.support import check_steering, check_support
 from guard.engine.turns import Turns
-from guard.errors import BankError, EngineError, UnscoredError
-from guard.evidence import POLICY_ARGUMENT, Evidence, WorkerStatus
+from guard.errors import CalibrationError, ConfigError, EngineError, UnscoredError
+from guard.evidence import POLICY_ARGUMENT, AdapterStatus, WorkerStatus
 from guard.roles import RoleMap
 from guard.scores import BankSpace
 from guard.version import VERSION
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
@@ -67,16 +67,16 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._settings = EngineSettings.read(self.vllm_config.additional_config)
         if self._settings.steering:
             check_steering(self.vllm_config, self._settings.policy)
-        self._judge: Judge | None = None
+        if self._settings.adapters and self.lora_config is None:
+            raise ConfigError("--additional-config: `undertow.adapters`: this engine serves none: add --enable-lora")
         self._recorder: Recorder | None = None
         self._channel: EvidenceServer | None = None
-        self._shadow: Shadow | None = None
         self._step: SchedulerOutput | None = None
         self._batch: tuple[Rows, ...] | UnscoredError = ()
         self._steering: Steering | None = None
-        self._pass: Pass | UnscoredError | None = None
+        self._pass: Seen | UnscoredError | None = None
         self._unscored: Mapping[str, int] = {}
-        self._handover = Handover(self._read_candidate, self._take, lambda: self._guarding.ledger.generation)
+        self._handover = Handover(self._read_candidate, self._take, lambda: self._guards.generation)
         self._ended: dict[str, Stop] = {}
 
     # -- start --------------------------------------------------------------------------------------------------------
@@ -84,11 +84,11 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
     def load_model(self, **keywords: Any) -> None:
         """Load the weights, then everything that watches them. Raises InputError or EngineError where they do not
         fit."""
-        self._bank = self._load_bank()
+        files = self._settings.files()
+        self._guards = Guards.load(files, Path(self.model_config.model))
         super().load_model(**keywords)
-        self._space = BankSpace.of(self._bank)
         self._runner = RunnerV1(self.model_runner)
-        self._probes = Probes(self._runner.model, self._bank, self._runner.capacity)
+        self._probes = Probes(self._runner.model, self._guards.bank, self._runner.capacity)
         log.info("the guard's kernels are %s", self._probes.kernels)
         self._runner.model.register_forward_pre_hook(self._announce)
         tokenizer = self._tokenizer()
@@ -96,33 +96,31 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         if not self._turns.map.known:
             log.warning("every prompt token counts as the user's: %s", self._turns.map.reason)
         if self._settings.steering:
-            self._steering = Steering(self._runner, self._bank, self._turns)
+            self._steering = Steering(self._runner, self._guards.bank, self._turns)
         self._reserved = choose_reserved_token(
             tokenizer, self.model_config.get_vocab_size(), self._settings.reserved_token_id
         )
-        if self._settings.calibration is not None:
-            self.undertow_load_calibration(str(self._settings.calibration))
-        else:
+        for calibration in {each.calibration for each in files.values() if each.calibration is not None}:
+            self.undertow_load_calibration(str(calibration))
+        if not self._guards.judging:
             log.info("no calibration: this engine records for one and cannot serve")
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, then see forward passes go through every probe, on the path that requests take."""
         times = super().compile_or_warm_up_model()
         if self.cache_config.enable_prefix_caching:
-            self._shadow = Shadow(self._runner.slots())
+            self._guards.cast_shadows(self._runner.slots())
         if self._steering is not None:
             self._steering.start(self.cache_config.enable_prefix_caching)
         ranks = get_tp_group().cpu_group
         difference = max(check(exchange(self._sight(min(rows, self._runner.capacity)), ranks)) for rows in WARM_UP)
         # vLLM takes its output from this rank alone, so this rank's verdicts are the ones to tell.
-        if self._judge is not None and self.is_driver_worker:
-            self._channel = EvidenceServer(self._evidence)
-        log.info(
-            "guarding %d layers with bank %s; the ranks' residual streams differ by %.3g",
-            len(self._space.layers),
-            self._bank.fingerprint,
-            difference,
-        )
+        if self._guards.judging and self.is_driver_worker:
+            self._channel = EvidenceServer(self._guards.evidence)
+        for guard in self._guards:
+            watched = len(guard.space.layers)
+            log.info("guarding %d layers of %s with bank %s", watched, guard.model, guard.bank.fingerprint)
+        log.info("the ranks' residual streams differ by %.3g", difference)
         return times
 
     def _sight(self, rows: int) -> Sight:
@@ -132,28 +130,23 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         try:
             return Sight.of(self._probes.read(rows))
         except UnscoredError as error:
-            return Sight.none(rows, len(self._space.of_every_token()), len(self._space.layers), error)
+            space = BankSpace.of(self._guards.bank)
+            return Sight.none(rows, len(space.of_every_token()), len(space.layers), error)
 
     def shutdown(self) -> None:
         if self._channel is not None:
             self._channel.close()
         super().shutdown()
 
-    def _load_bank(self) -> Bank:
-        """The bank, known to be the one asked for and for the weights that are served."""
-        bank = Bank.load(self._settings.bank)
-        if bank.fingerprint != self._settings.fingerprint:
-            raise BankError(
-                f"{self._settings.bank}: its fingerprint is {bank.fingerprint}, "
-                f"`undertow.fingerprint` asks for {self._settings.fingerprint}"
-            )
-        served = Checkpoint.open(Path(self.model_config.model)).digest()
-        if served != bank.tuned_digest:
-            raise BankError(
-                f"{self._settings.bank}: the bank is for another model: it was built for weights {bank.tuned_digest}, "
-                f"{self.model_config.model} has {served}"
-            )
-        return bank
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter, if its bank is for the weights in its folder. Raises InputError where it is not; what was
+        loaded before then stays."""
+        if not self._guards.check_adapter(lora_request):
+            name = shown(lora_request.lora_name)
+            log.warning("adapter %s has no bank: no request that uses it can be scored", name)
+        loaded: bool = super().add_lora(lora_request)
+        self._guards.loaded(lora_request, self._runner)
+        return loaded
 
     def _tokenizer(self) -> Any:
         from vllm.tokenizers import cached_tokenizer_from_config
@@ -167,8 +160,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._turns.finish(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
             self._turns.admit(request.req_id, request.prompt_token_ids or ())
-        if self._judge is not None:
-            self._admit(self._judge, scheduler_output)
+        self._admit(scheduler_output)
         if self._steering is not None:
             self._steering.expect(scheduler_output)
         self._step, self._batch = scheduler_output, UnscoredError("the forward pass was not announced")
@@ -181,14 +173,14 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         if output is None:
             self._runner.forbid(self._reserved)
             self._pass = self._read(scheduler_output)
-            if self._steering is not None and self._judge is not None and self._pass is not None:
-                self._ended = self._settled(self._judge, self._pass, self._steering)
+            if self._steering is not None and self._pass is not None:
+                self._ended = self._settled(self._pass, self._steering)
         return output
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample, judge, and end what is blocked."""
         output = super().sample_tokens(grammar_output)
-        if self._judge is None or self._pass is None:
+        if self._pass is None:
             return output
         if self._steering is not None:
             if self._runner.schedules_ahead():
@@ -197,18 +189,19 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             return output
         if not self._runner.schedules_ahead():
             sampled = {name: len(output.sampled_token_ids[index]) for name, index in output.req_id_to_index.items()}
-            replace_sampled(output, self._stops(self._judge, self._pass, sampled))
+            replace_sampled(output, self._stops(self._pass, sampled))
             return output
         # One token for every decision: with a drafter `support.py` refuses to schedule ahead.
-        return Ending(output, self._stops(self._judge, self._pass, None))
+        return Ending(output, self._stops(self._pass, None))
 
-    def _admit(self, judge: Judge, step: SchedulerOutput) -> None:
-        judge.ledger.finish(step.finished_req_ids)
+    def _admit(self, step: SchedulerOutput) -> None:
+        self._guards.finish(step.finished_req_ids)
         for request in step.scheduled_new_reqs:
             parameters = request.sampling_params
             arguments = parameters.extra_args or {}
             endings = Endings.of(parameters, self._reserved)
-            judge.ledger.admit(request.req_id, arguments.get(POLICY_ARGUMENT), endings)
+            policy = arguments.get(POLICY_ARGUMENT)
+            self._guards.admit(request.req_id, policy, endings, request.lora_request)
 
     def _announce(self, _model: object, _arguments: object) -> None:
         """Just before a forward pass, when vLLM has put its batch together: say which rows to read in full."""
@@ -224,7 +217,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             full = self._recorder is not None
             self._probes.expect([row for rows in self._batch for row in (rows.all if full else rows.deciding)])
 
-    def _read(self, step: SchedulerOutput) -> Pass | UnscoredError | None:
+    def _read(self, step: SchedulerOutput) -> Seen | UnscoredError | None:
         try:
             readings = self._probes.read(step.total_num_scheduled_tokens)
             if isinstance(self._batch, UnscoredError):
@@ -232,94 +225,100 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             batch = self._batch
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
-            if self._judge is None:
+            if not self._guards.judging:
                 raise
-            if self._shadow is not None:
-                # Its slots hold scores of what was there before, and nobody can say which they are.
-                self._shadow.forget()
+            # The slots hold scores of what was there before, and nobody can say which they are.
+            self._guards.forget()
             self._unscored = dict(step.num_scheduled_tokens)
             return error
+        dealt = self._guards.deal(batch, readings, self._runner)
         if self._recorder is not None:
-            self._recorder.add(readings, self._turns.of(batch), batch)
-        if self._judge is None:
+            for share in dealt.shares:
+                self._recorder.add(share.readings, self._turns.of(share.batch), share.batch)
+        if not self._guards.judging:
             return None
-        if self._shadow is not None:
-            for source, target in self._runner.copies(step):
-                self._shadow.copy(source, target)
-        return self._judge.see(batch, readings, self._shadow, self._runner.where)
+        return self._guards.see(dealt, self._runner.copies(step), self._runner.where)
 
-    def _stops(self, judge: Judge, seen: Pass | UnscoredError, sampled: Mapping[str, int] | None) -> Mapping[str, Stop]:
+    def _stops(self, seen: Seen | UnscoredError, sampled: Mapping[str, int] | None) -> Mapping[str, Stop]:
         """Which sequences end now. `sampled`: how many tokens were drawn; None: one for every decision."""
         if isinstance(seen, UnscoredError):
-            return judge.fail(self._unscored, str(seen), self._unscored)
+            return self._guards.fail(self._unscored, str(seen))
         if sampled is None:
             sampled = {rows.sequence: int(rows.samples) for rows in seen.batch}
         try:
-            return judge.judge(seen, sampled, self._shadow, self._runner.where)
+            return self._guards.judge(seen, sampled, self._runner.where)
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
-            tokens = {rows.sequence: rows.count for rows in seen.batch}
-            return judge.fail(tokens, str(error), tokens)
+            return self._guards.fail({rows.sequence: rows.count for rows in seen.batch}, str(error))
 
-    def _settled(self, judge: Judge, seen: Pass | UnscoredError, steering: Steering) -> dict[str, Stop]:
+    def _settled(self, seen: Seen | UnscoredError, steering: Steering) -> dict[str, Stop]:
         """Judged before anything is sampled: what is steered is sampled from its second run."""
-        stops = {**self._stops(judge, seen, None), **steering.settle(seen, judge)}
+        # An engine that steers has one guard: `support.py` refuses adapters beside it.
+        judge = self._guards.lone().judge
+        assert judge is not None
+        own = seen if isinstance(seen, UnscoredError) else seen.passes[0][1]
+        stops = {**self._stops(seen, None), **steering.settle(own, judge)}
         self._probes.reset()
         self._runner.forbid(self._reserved)
         return stops
 
     # -- asked from outside, by collective_rpc or through the channel -------------------------------------------------
 
-    @property
-    def _guarding(self) -> Judge:
-        if self._judge is None:
-            raise EngineError("this engine has no calibration: it records for one and cannot serve")
-        return self._judge
-
-    def _evidence(self, key: str) -> Evidence:
-        judge = self._guarding  # once: another thread asks, and the judge can be replaced
-        fingerprint = judge.calibration.fingerprint
-        return Evidence(fingerprint=fingerprint, calibration=judge.digest, records=tuple(judge.ledger.records(key)))
-
     def undertow_status(self) -> str:
         """`WorkerStatus` as JSON, with the evidence channel's address beside it, if this rank has it."""
-        judge = self._guarding
-        ledger = judge.ledger
+        if not self._guards.judging:
+            raise EngineError("this engine has no calibration: it records for one and cannot serve")
+        base, ledgers = self._guards.base, self._guards.ledgers()
         status = WorkerStatus(
             rank=self.rank,
-            fingerprint=self._bank.fingerprint,
-            calibration=judge.digest,
-            generation=ledger.generation,
-            layers=self._space.layers,
+            fingerprint=base.bank.fingerprint if base else None,
+            calibration=base.judge.digest if base and base.judge else None,
+            generation=self._guards.generation,
+            layers=tuple(layer.index for layer in self._guards.bank.layers),
             reserved_token_id=self._reserved,
-            detectors=judge.supported,
+            detectors=base.judge.supported if base and base.judge else (),
+            adapters=tuple(
+                AdapterStatus(
+                    name=guard.name,
+                    fingerprint=guard.bank.fingerprint,
+                    calibration=guard.judge.digest,
+                    detectors=guard.judge.supported,
+                )
+                for guard in self._guards
+                if guard.name != BASE and guard.judge is not None
+            ),
             undertow_version=VERSION,
             vllm_version=vllm.__version__,
             dtype=str(self.model_config.dtype).removeprefix("torch."),
-            requests_judged=ledger.requests_judged,
-            tokens_scored=ledger.tokens_scored,
-            tokens_recalled=ledger.tokens_recalled,
-            tokens_missed=ledger.tokens_missed,
-            unscorable=ledger.unscorable,
+            requests_judged=sum(ledger.requests_judged for ledger in ledgers),
+            tokens_scored=sum(ledger.tokens_scored for ledger in ledgers),
+            tokens_recalled=sum(ledger.tokens_recalled for ledger in ledgers),
+            tokens_missed=sum(ledger.tokens_missed for ledger in ledgers),
+            unscorable=sum(ledger.unscorable for ledger in ledgers),
             steering=self._steering is not None,
-            flagged=ledger.decided["flag"],
-            blocked=ledger.decided["block"],
+            flagged=sum(ledger.decided["flag"] for ledger in ledgers),
+            blocked=sum(ledger.decided["block"] for ledger in ledgers),
         )
         channel = None if self._channel is None else self._channel.address
         return json.dumps({"worker": status.model_dump(mode="json"), "channel": channel})
 
     def undertow_evidence(self, key: str) -> str:
         """`Evidence` of one request as JSON, for engines without an API process."""
-        return self._evidence(key).to_json()
+        return self._guards.evidence(key).to_json()
 
     def undertow_load_calibration(self, path: str) -> str:
         """Judge by this calibration from now on; returns its digest. Raises CalibrationError; the old one then
         stays."""
         calibration = Calibration.load(Path(path))
         now = self._surroundings
-        check_calibration(Path(path), calibration, now.bank, now.roles, now.dtype)
-        self._take((Candidate(self._bank, calibration), self._judge_of(calibration)))
-        return self._guarding.digest
+        guards = [guard for guard in self._guards if guard.bank.fingerprint == calibration.fingerprint]
+        if not guards:
+            banks = ", ".join(guard.bank.fingerprint for guard in self._guards)
+            raise CalibrationError(
+                f"{path}: made for the bank {calibration.fingerprint}, this engine guards with {banks}"
+            )
+        check_calibration(Path(path), calibration, guards[0].bank, now.roles, now.dtype)
+        return self._guards.use(calibration, self._judge_of)
 
     def undertow_prepare(self, ticket: str, wanted: str) -> str:
         """Read and check what shall guard next (`Wanted` as JSON); see `handover.py`, as for the next two."""
@@ -336,10 +335,13 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
     @property
     def _surroundings(self) -> Surroundings:
         dtype = str(self.model_config.dtype).removeprefix("torch.")
-        return Surroundings(self._bank, self._turns.map, dtype)
+        return Surroundings(self._guards.bank, self._turns.map, dtype)
 
     def _read_candidate(self, wanted: Wanted) -> tuple[Candidate, Judge] | None:
-        if (wanted.fingerprint, wanted.calibration) == (self._bank.fingerprint, self._guarding.digest):
+        guard = self._guards.lone()
+        if guard.judge is None:
+            raise EngineError("this engine has no calibration: it records for one and cannot serve")
+        if (wanted.fingerprint, wanted.calibration) == (guard.bank.fingerprint, guard.judge.digest):
             return None
         candidate = Candidate.read(wanted, self._settings, self._surroundings)
         return candidate, self._judge_of(candidate.calibration)
@@ -350,25 +352,24 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
     def _take(self, following: tuple[Candidate, Judge]) -> None:
         """Between two steps. Whoever has this done empties vLLM's prefix cache: what it holds becomes unknown here."""
         candidate, judge = following
-        if self._judge is not None:
-            judge.ledger.adopt(self._judge.ledger)
-        if candidate.bank is not self._bank:
+        replaced = candidate.bank is not self._guards.bank
+        self._guards.succeed(candidate.bank, judge)
+        if replaced:
             self._probes.replace(candidate.bank)
             if self._steering is not None:
                 self._steering.replace(candidate.bank, judge)
-            self._bank, self._space = candidate.bank, BankSpace.of(candidate.bank)
-        if self._shadow is not None:
-            self._shadow.forget()
-        self._judge = judge
 
     def undertow_record(self, keep: Keep) -> None:
         """Record what follows, in place of anything recorded before.
 
         Raises EngineError where not every token of a request is computed for it, or more than its tokens.
         """
-        if self._shadow is not None or self._runner.schedules_ahead():
+        if self.cache_config.enable_prefix_caching or self._runner.schedules_ahead():
             raise EngineError("recording needs an engine with --no-enable-prefix-caching and --no-async-scheduling")
-        self._recorder = Recorder(self._space, keep)
+        spaces = [guard.space for guard in self._guards]
+        if len(spaces) > 1:
+            raise EngineError(f"recording needs an engine with one bank, this one has {len(spaces)}")
+        self._recorder = Recorder(spaces[0], keep)
 
     def undertow_roles(self) -> str:
         """How the chat template marks who speaks: `RoleMap.to_dict` as JSON."""

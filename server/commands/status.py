@@ -7,7 +7,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from guard.evidence import WorkerStatus
+    from collections.abc import Iterable
+
+    from guard.evidence import DetectorStatus, WorkerStatus
 
 EPILOG = """\
 examples:
@@ -66,22 +68,32 @@ def _lines(worker: WorkerStatus) -> list[str]:
     layers = worker.layers
     together = layers == tuple(range(layers[0], layers[-1] + 1)) if layers else False
     rows = {
-        "bank": worker.fingerprint,
-        "calibration": worker.calibration,
+        "bank": worker.fingerprint or "none: requests that use no adapter cannot be scored",
+        "calibration": worker.calibration or "none",
         "generation": f"{worker.generation}{' (as started)' if worker.generation == 1 else ''}",
         "layers": f"{layers[0]} to {layers[-1]}" if together else ", ".join(map(str, layers)),
         "versions": f"undertow {worker.undertow_version}, vllm {worker.vllm_version}, {worker.dtype}",
         "reserved token": str(worker.reserved_token_id),
-        "smallest rates": ", ".join(
-            f"{each.detectors[0]} {each.supported_fpr:.3g}" for each in worker.detectors if len(each.detectors) == 1
-        ),
+        "smallest rates": _rates(worker.detectors),
         "requests judged": f"{worker.requests_judged:,}",
         "coverage": _coverage(worker),
         "tokens": f"{worker.tokens_scored:,} scored, {worker.tokens_recalled:,} from the prefix cache",
         "unscorable": f"{worker.unscorable:,} requests",
         "decided": f"{worker.flagged:,} flagged, {worker.blocked:,} blocked",
     }
-    return [f"worker {worker.rank}", *(f"  {name:<18} {value}" for name, value in rows.items())]
+    lines = [f"worker {worker.rank}", *(f"  {name:<18} {value}" for name, value in rows.items())]
+    for adapter in worker.adapters:
+        own = {
+            "bank": adapter.fingerprint,
+            "calibration": adapter.calibration,
+            "smallest rates": _rates(adapter.detectors),
+        }
+        lines += [f"  adapter {adapter.name}", *(f"    {name:<16} {value}" for name, value in own.items())]
+    return lines
+
+
+def _rates(detectors: Iterable[DetectorStatus]) -> str:
+    return ", ".join(f"{each.detectors[0]} {each.supported_fpr:.3g}" for each in detectors if len(each.detectors) == 1)
 
 
 def _coverage(worker: WorkerStatus) -> str:

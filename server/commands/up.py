@@ -12,9 +12,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guard.errors import CalibrationError, EngineError
+from guard.errors import CalibrationError, ConfigError, EngineError
 
 if TYPE_CHECKING:
+    from guard.engine.launch import GuardedAdapter
     from server.engine_process import EngineProcess
     from server.settings import Settings
 
@@ -23,7 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `up` to the command line."""
     parser = subparsers.add_parser(
         "up",
-        usage="undertow up MODEL --bank FILE --calibration FILE [options] [-- arguments of `vllm serve`]",
+        usage="undertow up MODEL --bank FILE --calibration FILE [--adapter NAME DIR BANK CALIBRATION] [options] "
+        "[-- arguments of `vllm serve`]",
         help="serve a model under guard: vLLM and the server, one command, one Ctrl-C",
         description="Start vLLM with the guard inside and the OpenAI-compatible server before it. Chat clients point "
         "their base URL at the server and change nothing else.",
@@ -31,8 +33,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "to vLLM: undertow up ./tuned --bank ... --calibration ... -- --max-model-len 8192 --dtype bfloat16",
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="the fine-tuned model's folder")
-    parser.add_argument("--bank", type=Path, required=True, metavar="FILE", help="from `undertow bank build`")
-    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="from `undertow calibrate`")
+    parser.add_argument("--bank", type=Path, metavar="FILE", help="from `undertow bank build`")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="from `undertow calibrate`")
+    parser.add_argument(
+        "--adapter",
+        nargs=4,
+        action="append",
+        default=[],
+        metavar=("NAME", "DIR", "BANK", "CALIBRATION"),
+        help="also serve a LoRA adapter, under this name; again for each. With adapters, --bank and --calibration may "
+        "be left out: only requests that use an adapter are then answered",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings and policy (default: block at 1%%)")
     parser.add_argument("--host", help="where the server listens (default: as in the settings, 127.0.0.1)")
     parser.add_argument("--port", type=_port, help="where the server listens (default: as in the settings, 8080)")
@@ -54,9 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
     from guard.engine.launch import engine_environment, serve_arguments, serve_command
     from guard.fingerprint import read_header
 
-    fingerprint = read_header(arguments.bank).fingerprint
-    if not arguments.calibration.is_file():
-        raise CalibrationError(f"{arguments.calibration}: no such file; make one with `undertow calibrate`")
+    adapters = _adapters(arguments)
+    if (arguments.bank is None) != (arguments.calibration is None) or not (arguments.bank or adapters):
+        raise ConfigError("undertow up needs --bank and --calibration, or an --adapter with its own")
+    fingerprint = None if arguments.bank is None else read_header(arguments.bank).fingerprint
+    for calibration in (arguments.calibration, *(adapter.calibration for adapter in adapters)):
+        if calibration is not None and not calibration.is_file():
+            raise CalibrationError(f"{calibration}: no such file; make one with `undertow calibrate`")
     if arguments.print_only:
         line = serve_arguments(
             arguments.model,
@@ -66,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             "127.0.0.1",
             arguments.vllm_port,
             steering=arguments.steering,
+            adapters=adapters,
         )
         variables = " ".join(f"{key}={value}" for key, value in engine_environment({}).items())
         print(variables, shlex.join([*serve_command(), *line, *arguments.extra]))
@@ -84,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         log=log,
         extra=arguments.extra,
         steering=arguments.steering,
+        adapters=adapters,
     ) as engine:
         engine.wait_until_up()
         settings = _settings(arguments, engine.url, fingerprint)
@@ -109,7 +126,17 @@ def _end_with(engine: EngineProcess, ending: threading.Event) -> None:
             return
 
 
-def _settings(arguments: argparse.Namespace, url: str, fingerprint: str) -> Settings:
+def _adapters(arguments: argparse.Namespace) -> list[GuardedAdapter]:
+    from guard.engine.launch import GuardedAdapter
+    from guard.fingerprint import read_header
+
+    given = [(name, *map(Path, paths)) for name, *paths in arguments.adapter]
+    if len({name for name, *_ in given}) < len(given):
+        raise ConfigError("--adapter: two of the same name")
+    return [GuardedAdapter(name, folder, bank, read_header(bank).fingerprint, cal) for name, folder, bank, cal in given]
+
+
+def _settings(arguments: argparse.Namespace, url: str, fingerprint: str | None) -> Settings:
     """The file's settings, with this engine as the upstream. Its bank is the one that must be loaded, unless it can be
     changed while it runs."""
     from guard.control import admin_token

@@ -50,7 +50,7 @@ def test_a_layer_without_its_hook_is_noticed_before_serving(
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ({"enable_lora": True}, "LoRA"),
+        ({"enable_lora": True, "lora_target_modules": ["o_proj"]}, "LoRA"),
     ],
     ids=["lora"],
 )
@@ -72,7 +72,7 @@ def test_a_served_engine_that_is_refused_says_so_to_whoever_started_it(
         calibration,
         port=free_port(),
         log=workshop / "refused.log",
-        extra=(*ENGINE_ARGUMENTS, "--enable-lora", "--kv-sharing-fast-prefill"),
+        extra=(*ENGINE_ARGUMENTS, "--enable-lora", "--lora-target-modules", "o_proj", "--kv-sharing-fast-prefill"),
     ) as engine:
         with pytest.raises(EngineError) as caught:
             engine.wait_until_up()

@@ -10,7 +10,7 @@ import pytest
 
 from guard.engine import launch
 from guard.engine.settings import EngineSettings
-from guard.errors import ConfigError
+from guard.errors import CheckpointError, ConfigError
 from guard.policy import Policy
 
 EXTRA = ["--port", "1", "--max-model-len", "64"]
@@ -81,6 +81,46 @@ def test_the_worker_reads_what_the_launch_writes(tmp_path: Path) -> None:
     assert EngineSettings.read(steering).steering
 
 
+ADAPTERS = [
+    launch.GuardedAdapter(name, Path(f"/{name}"), Path("bank"), f"sha256:{name}", Path("cal"))
+    for name in ("red", "blue")
+]
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_adapters_are_written_as_the_worker_and_vllm_read_them(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, base: bool
+) -> None:
+    monkeypatch.setattr(launch, "lora_rank", lambda folder: 16)
+    own = (Path("own"), "sha256:own", Path("own.cal")) if base else (None, None, None)
+    given = launch.serve_arguments(Path("/models/tuned"), *own, "h", 1, adapters=ADAPTERS)
+    settings = EngineSettings.read(json.loads(value(given, "--additional-config")))
+    assert list(settings.files()) == ([""] if base else []) + ["red", "blue"]
+    assert settings.adapters["blue"].fingerprint == "sha256:blue"
+    place = given.index("--lora-modules")
+    assert given[place + 1 : place + 3] == ["red=/red", "blue=/blue"]
+    assert "--enable-lora" in given
+    # On a CPU a slot stays empty.
+    assert value(given, "--max-loras") == ("2" if gpu else "3")
+    assert value(given, "--max-lora-rank") == "16"
+
+
+@pytest.mark.parametrize(
+    ("config", "rank"),
+    [({"r": 8}, 8), ({"r": 9}, 16), ({"r": 4, "rank_pattern": {"o_proj": 33}}, 64), ({"r": 512}, 512)],
+)
+def test_the_rank_that_vllm_is_given_fits_the_adapter(tmp_path: Path, config: dict[str, Any], rank: int) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert launch.lora_rank(tmp_path) == rank
+
+
+@pytest.mark.parametrize("config", [{}, {"r": "8"}, {"r": 513}, {"r": 4, "rank_pattern": {"q": 1024}}])
+def test_an_adapter_whose_rank_vllm_does_not_take_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected whole numbers up to 512"):
+        launch.lora_rank(tmp_path)
+
+
 def test_relative_paths_are_made_absolute_for_a_worker_that_starts_elsewhere() -> None:
     written = launch.additional_config(Path("bank"), "x", Path("calibration"))["undertow"]
     assert Path(str(written["bank"])).is_absolute()
@@ -110,8 +150,16 @@ GOOD: dict[str, Any] = {"bank": "b", "fingerprint": "x"}
         ({"other": GOOD}, "no key `undertow`"),
         ({"undertow": None}, "`undertow`: "),
         ({"undertow": "b"}, "`undertow`: "),
-        ({"undertow": {"bank": "b"}}, r"`undertow\.fingerprint`: Field required"),
-        ({"undertow": {"fingerprint": "x"}}, r"`undertow\.bank`: Field required"),
+        ({"undertow": {"bank": "b"}}, r"`undertow`: .*`fingerprint` is missing"),
+        ({"undertow": {"fingerprint": "x"}}, r"`undertow`: .*`bank` is missing"),
+        ({"undertow": {}}, "`undertow`: .*expected a `bank`, or `adapters` with theirs"),
+        ({"undertow": {"adapters": {"red": GOOD}, "calibration": "c"}}, "`calibration` needs the `bank`"),
+        ({"undertow": GOOD | {"adapters": {"red": {"bank": "b"}}}}, r"`undertow\.adapters\.red\.fingerprint`: Field"),
+        ({"undertow": GOOD | {"adapters": {"": GOOD}}}, r"`undertow\.adapters"),
+        (
+            {"undertow": GOOD | {"adapters": {"red": GOOD | {"calibration": "c"}}}},
+            "no `calibration` for the base model: expected one for every bank, or none",
+        ),
         ({"undertow": GOOD | {"bnak": 1}}, r"`undertow\.bnak`: Extra inputs .*, found 1"),
         ({"undertow": GOOD | {"bank": 5}}, r"`undertow\.bank`: .*, found 5"),
         ({"undertow": GOOD | {"reserved_token_id": "high"}}, r"`undertow\.reserved_token_id`: .*, found 'high'"),

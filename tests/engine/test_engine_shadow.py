@@ -66,3 +66,13 @@ def test_nan_is_kept_as_it_is() -> None:
     found = shadow.read(torch.tensor([2]), torch.tensor([0]))
     assert found is not None
     assert bool(found[0].isnan())
+
+
+def test_what_is_erased_is_unknown_until_it_is_written_again() -> None:
+    shadow = Shadow(4)
+    shadow.write(*written([0, 1]))
+    shadow.erase(torch.tensor([1]))
+    assert shadow.read(torch.tensor([1]), torch.tensor([0])) is None
+    assert shadow.read(torch.tensor([0]), torch.tensor([0])) is not None
+    shadow.write(*written([1]))
+    assert shadow.read(torch.tensor([1]), torch.tensor([0])) is not None

@@ -28,6 +28,7 @@ from guard.evidence import (
     REQUEST_HEADER,
     STATUS_PATH,
     STREAM_PREFIX,
+    AdapterStatus,
     DetectorStatus,
     Evidence,
     Record,
@@ -62,6 +63,8 @@ class Script:
     steered: bool = False
     nan: bool = False
     fault: EvidenceFault | None = None
+    banks: Mapping[str | None, tuple[str, str]] = field(default_factory=dict)
+    """By the model that a request names, bank and calibration that judge it; others `guard`. Empty: nobody does."""
     merge: int = 1
     """Tokens per chunk."""
     text_with_finish: bool = False
@@ -129,7 +132,7 @@ class FakeEngine:
             error = {"message": "the guard's workers do not answer", "type": "server_error", "param": None}
             return JSONResponse({"error": {**error, "code": "guard_unavailable"}}, status_code=503)
         canary = request.headers.get("x-request-id", "").startswith("canary-")
-        script = replace(Script(), fault=self.script.fault) if canary else self.script
+        script = replace(Script(), fault=self.script.fault, banks=self.script.banks) if canary else self.script
         if not canary:
             self.bodies.append(body)
             self.headers.append(dict(request.headers))
@@ -202,6 +205,7 @@ class Play:
         self.policy = Policy.from_wire(body["vllm_xargs"][POLICY_ARGUMENT])
         self.usage_asked = bool((body.get("stream_options") or {}).get("include_usage"))
         self.count = self.prompts * self.n
+        self.bank = script.banks.get(body.get("model"), script.guard)
         self.id = "chatcmpl-fake" if chat else "cmpl-fake"
 
     def tokens(self, index: int) -> list[str]:
@@ -242,8 +246,8 @@ class Play:
         if fault == "missing_record":
             records = records[1:]
         return Evidence(
-            fingerprint="0" * 16 if fault == "other_bank" else self.script.guard[0],
-            calibration=self.script.guard[1],
+            fingerprint="0" * 16 if fault == "other_bank" else self.bank[0],
+            calibration=self.bank[1],
             records=records,
         ).to_json()
 
@@ -276,7 +280,7 @@ class Play:
             steered_from=PROMPT_TOKENS - 1 if action == "steer" else None,
             scores=(_score("prompt", at_prompt or flagged, self.script.nan), _score("completion", acted)),
         )
-        if fault == "unscorable":
+        if fault == "unscorable" or not self.bank[0]:
             blocks = self.policy.mode == "enforce"
             return record.model_copy(
                 update={"unscorable": "speculative decoding", "action": "block" if blocks else "flag", "phase": None}
@@ -423,28 +427,37 @@ def error_body(code: int) -> dict[str, Any]:
 
 
 def status(
-    fingerprint: str = FINGERPRINT,
+    fingerprint: str | None = FINGERPRINT,
     workers: int = 2,
     supported_fpr: float = 0.002,
     names: Sequence[DetectorName] = ("density", "exceedance", "intrinsic"),
     calibration: str = CALIBRATION,
     generation: int = 1,
     steering: bool = False,
+    adapters: Mapping[str, tuple[str, str]] | None = None,
+    adapters_fpr: float = 0.002,
 ) -> Status:
     """The status of an engine whose workers agree. `supported_fpr`: of one detector alone; two together support twice
-    that, and three three times."""
+    that, and three three times. `adapters`: fingerprints by name; `adapters_fpr`: of theirs as `supported_fpr`."""
     groups = [group for size in range(1, len(names) + 1) for group in combinations(names, size)]
-    detectors = tuple(DetectorStatus(detectors=group, supported_fpr=len(group) * supported_fpr) for group in groups)
+
+    def supported(rate: float) -> tuple[DetectorStatus, ...]:
+        return tuple(DetectorStatus(detectors=group, supported_fpr=len(group) * rate) for group in groups)
+
     return Status(
         workers=tuple(
             WorkerStatus(
                 rank=rank,
                 fingerprint=fingerprint,
-                calibration=calibration,
+                calibration=calibration if fingerprint else None,
                 generation=generation,
                 layers=(1, 2, 3),
                 reserved_token_id=RESERVED,
-                detectors=detectors,
+                detectors=supported(supported_fpr) if fingerprint else (),
+                adapters=tuple(
+                    AdapterStatus(name=name, fingerprint=bank, calibration=made, detectors=supported(adapters_fpr))
+                    for name, (bank, made) in (adapters or {}).items()
+                ),
                 undertow_version="0.1.0",
                 vllm_version="0.32.0",
                 dtype="bfloat16",
