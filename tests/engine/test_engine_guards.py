@@ -25,7 +25,7 @@ from guard.engine.runner_v1 import Rows
 from guard.engine.settings import BASE
 from guard.engine.stop import Endings
 from guard.engine.turns import Turns
-from guard.errors import BankError, CheckpointError
+from guard.errors import BankError, CheckpointError, ConfigError
 from guard.evidence import Record
 from guard.growth import Growth
 from guard.policy import Policy
@@ -334,6 +334,18 @@ def test_a_calibration_goes_to_the_bank_that_it_was_made_for() -> None:
     engine.admit("a", RED)
     engine.admit("b", BLUE)
     assert engine.step(a=residual(1), b=residual(1)) == {"b": STOP}
+
+
+def test_a_lone_guard_is_replaced_and_one_among_adapters_is_not() -> None:
+    alone = Engine({BASE: BANKS[BASE]})
+    following = Judge(calibrated(BANKS[BASE], 2.0), BLOCK_IT, alone.turns)
+    alone.guards.succeed(BANKS[BASE], following)
+    alone.admit("a")
+    assert alone.step(a=residual(1)) == {}
+    assert alone.guards.generation == 2
+    for banks in (BANKS, {"red": BANKS["red"]}):
+        with pytest.raises(ConfigError, match="adapters have banks takes no other guard"):
+            Engine(banks).guards.lone()
 
 
 def test_banks_together_hold_every_direction_once_and_know_whose_it_is() -> None:
