@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import pickle
 import platform
 import random
@@ -39,7 +40,7 @@ from guard.bank import Bank
 from guard.calibration import Calibration
 from guard.engine.offline import OfflineEngine
 from guard.engine.readings import Readings
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.step import Scorer
 from guard.errors import EngineError, ResultsError
 from guard.evaluation.reading import Reader
@@ -125,7 +126,9 @@ def run(model: Path, bank: Path, calibration: Path, profile: str, requests: int,
     with (
         _ahead_if_asked(),
         tempfile.TemporaryDirectory() as folder,
-        OfflineEngine(model, bank, calibration, dtype="float32", eager=True, own_process=True, extra=options) as engine,
+        OfflineEngine(
+            model, bank, calibration, dtype="float32", eager=True, own_process=not _v2(), extra=options
+        ) as engine,
     ):
         aborted = _drive(engine, observed, requests, seed)
         file = Path(folder) / "noted"
@@ -151,6 +154,11 @@ def run(model: Path, bank: Path, calibration: Path, profile: str, requests: int,
         worst=worst,
         faults=tuple(faults),
     )
+
+
+def _v2() -> bool:
+    """Whether this process was made to take vLLM's V2 model runner; another that it starts would not be."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 
 @contextmanager
@@ -393,7 +401,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import vllm
 
         told = {
-            "command": f"python -m benchmarks.engine.fuzz --requests {options.requests} --seed {options.seed}",
+            "command": f"python -m benchmarks.engine.fuzz --requests {options.requests} --seed {options.seed} "
+            f"--profiles {' '.join(options.profiles)}",
+            "model runner": "V2" if _v2() else "V1",
             "vllm": vllm.__version__,
             "torch": torch.__version__,
             "machine": platform.machine(),

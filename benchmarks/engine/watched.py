@@ -12,7 +12,7 @@ from unittest import mock
 from benchmarks.engine.noted import Noted
 from guard.engine.judge import Judge, Pass
 from guard.engine.ledger import Ledger
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.worker import GuardWorker
 
 

@@ -7,7 +7,9 @@ probe.py       the op that reads the residual stream of one layer, and its hooks
 kernels/       what that op and those after it do: in plain torch, in C++ for a CPU, in Triton for GPUs
 readings.py    what the probes saw in one forward pass
 ranks.py       what the ranks of a tensor-parallel engine have to agree on before they serve
+runner.py      what the guard needs to know of a model runner
 runner_v1.py   the private attributes of vLLM's V1 model runner, in one file
+runner_v2.py   and those of its V2 model runner
 guards.py      one guard per bank: of the base model, and of every adapter
 banks.py       several banks for one set of probes
 adapters.py    whether the weights that vLLM holds for an adapter are its bank's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from guard.engine.stop import Stop, replace_sampled
 
@@ -20,4 +20,9 @@ class Ending(AsyncModelRunnerOutput):  # type: ignore[misc]
         """Waits for the tokens."""
         output = self._inner.get_output()
         replace_sampled(output, self._stops)
+        return output
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        """What the KV connector said, where the tokens never arrive; vLLM asks from 0.33 on."""
+        output: KVConnectorOutput | None = self._inner.get_kv_connector_output()
         return output

@@ -10,7 +10,7 @@ import torch
 
 from guard.engine.finding import Finding
 from guard.engine.projection import Directions, Steered
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.turns import Turns
 from guard.policy import Role
 from guard.roles import ROLES

@@ -36,7 +36,7 @@ from guard.scores import BankSpace
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from guard.engine.runner_v1 import Rows
+    from guard.engine.runner import Rows
 
 Where = Callable[[str, int, int], torch.Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from guard.calibration import Calibration
 from guard.engine.ledger import Ledger
 from guard.engine.readings import Readings
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.shadow import Shadow
 from guard.engine.step import Outside, Scorer
 from guard.engine.stop import Stop

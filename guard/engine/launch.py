@@ -131,12 +131,11 @@ def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a guarded vLLM; what is set already stays."""
     environment = dict(os.environ if base is None else base)
     defaults = {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if not has_gpu():
-        defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     for name, value in defaults.items():
         environment.setdefault(name, value)
     return environment

@@ -13,7 +13,7 @@ from itertools import islice
 from guard.calibration import Calibration, ScoreKey
 from guard.conformal import JointRanks
 from guard.engine.finding import Finding
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.stop import Endings
 from guard.errors import CalibrationError, ConfigError
 from guard.evidence import Record
@@ -125,11 +125,14 @@ class Ledger:
         return Policy.model_validate({"detections": {calibration.detectors[0]: detection}})
 
     def admit(self, sequence: str, policy_text: object, endings: Endings) -> None:
-        """A new sequence, with what its request names as its policy: a text of `Policy.to_wire`, or None.
+        """A new sequence, with what its request names as its policy: a text of `Policy.to_wire`, or None. One that runs
+        is left as it is: model runner V2 is told of a preempted sequence as of a new one.
 
         One whose policy cannot be read never passes. One whose policy asks for a rate that the calibration cannot keep
         is unscorable, and does not pass where that policy enforces.
         """
+        if sequence in self._running:
+            return
         identity = Identity.of(sequence)
         # A client can put anything there; a list could not even be looked up.
         text = policy_text if policy_text is None or isinstance(policy_text, str) else ""

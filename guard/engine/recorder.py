@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from guard.atomic import write_atomically
 from guard.engine.readings import Readings
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.errors import CalibrationError
 from guard.roles import ROLES
 from guard.scores import BankSpace, Moments

@@ -1,67 +1,25 @@
 """The private attributes of vLLM's V1 model runner that the guard reads, in this one file.
 
-Checked against vLLM 0.32 (`v1/worker/gpu_model_runner.py`, `v1/worker/gpu_input_batch.py`, `v1/worker/block_table.py`,
-`lora/worker_manager.py`); `support.py` refuses others.
+Held against vLLM's source by `tests/engine/contract.py` (`v1/worker/gpu_model_runner.py`,
+`v1/worker/gpu_input_batch.py`, `v1/worker/block_table.py`, `lora/worker_manager.py`); `support.py` refuses other
+versions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from guard.errors import UnscoredError, UnsupportedEngineError
+from guard.engine.runner import Rows, copied, full_attention
+from guard.errors import UnscoredError
 
 if TYPE_CHECKING:
     from torch import nn
     from vllm.v1.core.sched.output import SchedulerOutput
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where one sequence's tokens stand in the batch of one step."""
-
-    sequence: str
-    """vLLM's request id."""
-    first_row: int
-    count: int
-    first_position: int
-    """Position in the sequence of the token in `first_row`."""
-    prompt_tokens: int
-    samples: bool
-    """True where the last row's logits are sampled: a decision position."""
-    guesses: tuple[int, ...] = ()
-    """The tokens in the last rows that a drafter guessed; each is a decision position if it is right."""
-    first_token: int = -1
-    """The token in `first_row`; only looked at where `count` is 1."""
-
-    @property
-    def all(self) -> range:
-        """Every row."""
-        return range(self.first_row, self.first_row + self.count)
-
-    @property
-    def deciding(self) -> range:
-        """The rows that are decision positions, or may turn out to be."""
-        return self.all[self.count - 1 - len(self.guesses) :] if self.samples else range(0)
-
-    def accepted(self, sampled: int) -> Iterator[Rows]:
-        """The rows that became part of the sequence, when `sampled` tokens were drawn: every decision position ends
-        one part, so that the sequence can be judged after each, as it would be without a drafter."""
-        sure = self.count - len(self.guesses)
-        yield replace(self, count=sure, guesses=())
-        for place, token in enumerate(self.guesses[: max(0, sampled - 1)], sure):
-            yield replace(
-                self,
-                first_row=self.first_row + place,
-                count=1,
-                first_position=self.first_position + place,
-                guesses=(),
-                first_token=token,
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,18 +166,7 @@ class RunnerV1:
 
     def copies(self, step: SchedulerOutput) -> Iterator[tuple[slice, slice]]:
         """From which slots to which the runner copied KV at the beginning of the step."""
-        size = int(self._table().block_size)
-        for copy in step.kv_cache_block_copies or ():
-            source, target = copy.src_block_id * size, copy.dst_block_id * size
-            yield slice(source, source + size), slice(target, target + size)
+        return copied(step, int(self._table().block_size))
 
     def _table(self) -> Any:
-        from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-        for place, group in enumerate(self._runner.kv_cache_config.kv_cache_groups):
-            if isinstance(group.kv_cache_spec, FullAttentionSpec):
-                return self._runner.input_batch.block_table[place]
-        raise UnsupportedEngineError(
-            "prefix caching in a model without full attention (no block table knows every token): "
-            "add --no-enable-prefix-caching"
-        )
+        return self._runner.input_batch.block_table[full_attention(self._runner.kv_cache_config)]

@@ -22,7 +22,8 @@ from guard.bank import Bank
 from guard.engine.courses import Courses
 from guard.engine.judge import Judge, Pass
 from guard.engine.projection import Projection, Steered
-from guard.engine.runner_v1 import Rows, RunnerV1
+from guard.engine.runner import Rows
+from guard.engine.runner_v1 import RunnerV1
 from guard.engine.stop import Stop
 from guard.engine.taint import Taint
 from guard.engine.turns import Turns

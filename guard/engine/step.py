@@ -13,7 +13,7 @@ import torch
 from guard.calibration import Calibration, ScoreKey
 from guard.engine.kernels import ops
 from guard.engine.readings import Readings
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.growth import Growth
 from guard.scores import BankSpace, Density, Exceedance
 from guard.verdict import PHASES, DetectorName, Score

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.roles import ROLES, RoleMap, TokenIds
 
 GENERATED = ROLES.index("assistant")

@@ -18,6 +18,7 @@ import vllm
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from guard.calibration import Calibration
 from guard.control import Wanted
@@ -32,7 +33,9 @@ from guard.engine.kernels import WARM_UP
 from guard.engine.probe import Probes
 from guard.engine.ranks import Sight, check, exchange
 from guard.engine.recorder import Keep, Recorder
-from guard.engine.runner_v1 import Rows, RunnerV1
+from guard.engine.runner import Rows, Runner
+from guard.engine.runner_v1 import RunnerV1
+from guard.engine.runner_v2 import RunnerV2
 from guard.engine.settings import BASE, EngineSettings
 from guard.engine.steering import Steering
 from guard.engine.stop import Endings, Stop, choose_reserved_token, replace_sampled
@@ -47,7 +50,7 @@ from guard.version import VERSION
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -87,7 +90,8 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         files = self._settings.files()
         self._guards = Guards.load(files, Path(self.model_config.model))
         super().load_model(**keywords)
-        self._runner = RunnerV1(self.model_runner)
+        v2 = self.vllm_config.use_v2_model_runner
+        self._runner: Runner = RunnerV2(self.model_runner) if v2 else RunnerV1(self.model_runner)
         self._probes = Probes(self._runner.model, self._guards.bank, self._runner.capacity)
         log.info("the guard's kernels are %s", self._probes.kernels)
         self._runner.model.register_forward_pre_hook(self._announce)
@@ -96,6 +100,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         if not self._turns.map.known:
             log.warning("every prompt token counts as the user's: %s", self._turns.map.reason)
         if self._settings.steering:
+            assert isinstance(self._runner, RunnerV1), "`check_steering` refuses the other"
             self._steering = Steering(self._runner, self._guards.bank, self._turns)
         self._reserved = choose_reserved_token(
             tokenizer, self.model_config.get_vocab_size(), self._settings.reserved_token_id
@@ -183,11 +188,11 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         if self._pass is None:
             return output
         if self._steering is not None:
-            if self._runner.schedules_ahead():
+            if isinstance(output, AsyncModelRunnerOutput):
                 return Ending(output, self._ended)
             replace_sampled(output, self._ended)
             return output
-        if not self._runner.schedules_ahead():
+        if not isinstance(output, AsyncModelRunnerOutput):
             sampled = {name: len(output.sampled_token_ids[index]) for name, index in output.req_id_to_index.items()}
             replace_sampled(output, self._stops(self._pass, sampled))
             return output

@@ -141,16 +141,17 @@ def support_error(model: Path, changes: dict[str, object], steers: bool | None =
 
     arguments = EngineArgs(model=str(model), dtype="float32", enable_prefix_caching=False, async_scheduling=False)
     config = arguments.create_engine_config()
+    v2 = changes.pop("use_v2_model_runner", config.use_v2_model_runner)
     for name, value in changes.items():
         section, _, field = name.rpartition(".")
         setattr(getattr(config, section) if section else config, field, value)
     try:
-        if steers is None:
-            check_support(config)
-        else:
-            check_steering(
-                config, Policy.model_validate({"detections": {"density": {"action": "steer"}}}) if steers else None
-            )
+        with mock.patch.object(type(config), "use_v2_model_runner", v2):
+            if steers is None:
+                check_support(config)
+            else:
+                default = Policy.model_validate({"detections": {"density": {"action": "steer"}}}) if steers else None
+                check_steering(config, default)
     except UnsupportedEngineError as error:
         return str(error)
     return ""
@@ -252,6 +253,22 @@ def _judged(engine: Any, texts: list[str]) -> Judged:
         status=Status.model_validate({"workers": [answer["worker"] for answer in told]}),
         channels=sum(answer["channel"] is not None for answer in told),
     )
+
+
+def version_error(version: str, accepted: str | None = None) -> str:
+    """What the guard says of a vLLM of this version, with what was never run accepted or not; empty where it agrees."""
+    import os
+
+    from guard.engine import support
+    from guard.errors import UnsupportedEngineError
+
+    environment = {} if accepted is None else {support.UNTESTED: accepted}
+    with mock.patch.object(support.vllm, "__version__", version), mock.patch.dict(os.environ, environment):
+        try:
+            support.check_version()
+        except UnsupportedEngineError as error:
+            return str(error)
+    return ""
 
 
 def prompts(texts: list[str]) -> list[Any]:

@@ -12,7 +12,7 @@ import pytest
 from guard.bank import Bank
 from guard.calibration import Calibration
 from guard.engine.launch import GuardedAdapter
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.step import Scorer
 from guard.organisms import Organism
 from guard.verdict import PHASES

@@ -91,6 +91,15 @@ def test_a_served_engine_that_is_refused_says_so_to_whoever_started_it(
         ({"parallel_config.prefill_context_parallel_size": 2}, "context parallel"),
         ({"parallel_config.pipeline_parallel_size": 2}, "pipeline parallel"),
         ({"parallel_config.data_parallel_size": 2}, "data parallel"),
+        (
+            {"use_v2_model_runner": True, "parallel_config.tensor_parallel_size": 2},
+            "tensor parallel on model runner V2",
+        ),
+        (
+            {"use_v2_model_runner": True, "lora_config": SimpleNamespace(target_modules=None)},
+            "LoRA adapters on model runner V2",
+        ),
+        ({"watermark_config": SimpleNamespace()}, "watermarking"),
         ({"cache_config.kv_sharing_fast_prefill": True}, "fast prefill"),
         ({"model_config.enable_prompt_embeds": True}, "prompt embeddings"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding with `eagle`"),
@@ -107,6 +116,23 @@ def test_what_this_machine_cannot_switch_on_is_refused_by_name_too(
     assert named in in_child(child.support_error, organism.backdoored, changes)
 
 
+def test_speculation_is_refused_on_model_runner_v2_alone(organism: Organism, in_child: Callable[..., Any]) -> None:
+    speculating = {"speculative_config": SimpleNamespace(method="ngram")}
+    assert in_child(child.support_error, organism.backdoored, speculating) == ""
+    found = in_child(child.support_error, organism.backdoored, {**speculating, "use_v2_model_runner": True})
+    assert "speculative decoding on model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0" in found
+
+
+def test_a_vllm_that_was_never_run_is_refused_until_it_is_accepted_by_its_number(in_child: Callable[..., Any]) -> None:
+    assert in_child(child.version_error, "0.32.1") == ""
+    named = "0.33 was read and never run, UNDERTOW_UNTESTED_VLLM=0.33 accepts that"
+    assert named in in_child(child.version_error, "0.33.0")
+    assert named in in_child(child.version_error, "0.33.0", "0.32")
+    assert in_child(child.version_error, "0.33.0", "0.33") == ""
+    for unknown in ("0.34.0", "0.3.3", "0.331.0"):
+        assert "supported are 0.32" in in_child(child.version_error, unknown, ".".join(unknown.split(".")[:2]))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -114,8 +140,9 @@ def test_what_this_machine_cannot_switch_on_is_refused_by_name_too(
         {"scheduler_config.async_scheduling": True},
         {"cache_config.enable_prefix_caching": True},
         {"parallel_config.tensor_parallel_size": 2, "parallel_config.distributed_executor_backend": "mp"},
+        {"use_v2_model_runner": True},
     ],
-    ids=["nothing", "asynchronous scheduling", "prefix caching", "tensor parallel"],
+    ids=["nothing", "asynchronous scheduling", "prefix caching", "tensor parallel", "model runner V2"],
 )
 def test_what_vllm_does_by_itself_is_not_refused(
     organism: Organism, in_child: Callable[..., Any], changes: dict[str, object]

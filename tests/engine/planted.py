@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from guard.engine.readings import Readings
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from tests.guard.planted import SPACE, clean_lengths, clean_rows, clean_written
 
 

@@ -10,7 +10,7 @@ import torch
 from guard.engine.courses import Courses
 from guard.engine.finding import Finding
 from guard.engine.projection import Directions
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.turns import Turns
 from guard.verdict import DetectorName, Phase, Score, Verdict
 from tests.guard.planted import ROLE_MAP

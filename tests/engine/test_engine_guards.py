@@ -21,7 +21,7 @@ from guard.engine.banks import together
 from guard.engine.guards import Guards
 from guard.engine.judge import Judge
 from guard.engine.readings import Readings
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.settings import BASE
 from guard.engine.stop import Endings
 from guard.engine.turns import Turns

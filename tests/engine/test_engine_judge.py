@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guard.engine.judge import Judge
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.shadow import Shadow
 from guard.engine.stop import Endings, Stop
 from guard.engine.turns import Turns

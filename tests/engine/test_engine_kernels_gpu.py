@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.engine.interpreter import find_triton
 from guard.engine.kernels import FEW, WARM_UP
 from guard.scores import SHORTEST
 from tests.engine import triton_child as child
@@ -28,7 +29,7 @@ class pool:  # noqa: N801  (used as a function)
     """One process with Triton, in which functions of `triton_child` run."""
 
     def __init__(self, *, interpret: bool) -> None:
-        begin = functools.partial(child.begin, interpret=interpret)
+        begin = functools.partial(find_triton, interpret=interpret)
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=begin)
 
     def __enter__(self) -> Callable[..., Any]:

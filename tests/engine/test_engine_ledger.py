@@ -11,7 +11,7 @@ import pytest
 from guard.calibration import Calibration, ScoreKey
 from guard.engine import ledger as ledger_module
 from guard.engine.ledger import Identity, Ledger
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.stop import Endings
 from guard.evidence import Record
 from guard.policy import Mode, Policy
@@ -210,6 +210,26 @@ def test_a_score_that_is_not_finite_makes_the_sequence_unscorable(
     assert record(book).action == "block"
     assert "token 3" in (record(book).unscorable or "")
     assert book.unscorable == 1
+
+
+def test_a_sequence_that_is_admitted_again_while_it_runs_stays_what_it_was() -> None:
+    """As model runner V2 does with one that was preempted, which must not wash it clean."""
+    book = admitted(policy(raw=10.0))
+    book.score(SEQUENCE, [a_score(11.0)])
+    before = record(book)
+    book.admit(SEQUENCE, policy("off").to_wire(), Endings(STOP))
+    assert record(book) == before
+    assert before.action == "block"
+    assert book.requests_judged == 1
+
+
+def test_a_sequence_that_finished_is_admitted_as_a_new_one() -> None:
+    book = admitted(policy(raw=10.0))
+    book.score(SEQUENCE, [a_score(11.0)])
+    book.finish([SEQUENCE])
+    book.admit(SEQUENCE, policy(raw=10.0).to_wire(), Endings(STOP))
+    assert record(book).action == "allow"
+    assert book.requests_judged == 2
 
 
 @pytest.mark.parametrize("fails", [False, True])

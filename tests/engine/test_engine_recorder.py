@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from guard.engine import recorder as recorder_module
 from guard.engine.recorder import HEAD, SINK_LENGTH, Keep, Recorder
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.errors import CalibrationError
 from guard.roles import ROLES
 from guard.verdict import PHASES

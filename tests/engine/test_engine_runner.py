@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from guard.engine.runner_v1 import Rows, RunnerV1
-from guard.errors import UnscoredError
+from guard.engine.runner import Rows
+from guard.engine.runner_v1 import RunnerV1
+from guard.engine.runner_v2 import RunnerV2
+from guard.errors import UnscoredError, UnsupportedEngineError
 
 
 def runner(**batch: list[Any]) -> RunnerV1:
@@ -151,3 +154,134 @@ def test_of_a_pass_that_runs_again_only_the_named_rows_are_kept_and_only_their_k
     assert torch.equal(state.logits[:, 0], torch.tensor([31.0, 601, 801]))
     for mapping, first in ((slots, 50), (other, 70)):
         assert mapping.tolist() == [*[-1] * 4, *range(first + 4, first + 8), -1, -1]
+
+
+# -- V2 ---------------------------------------------------------------------------------------------------------------
+
+
+class V2:
+    """As much of vLLM's V2 model runner as the guard reads: two prompts in chunks, one decode."""
+
+    decode_query_len = 1
+    max_num_tokens = 128
+    model = SimpleNamespace()
+
+    def __init__(self) -> None:
+        self.scheduler_config = SimpleNamespace(async_scheduling=True)
+        # Slots of the request state, which are not the order of the batch.
+        self.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([9, 0, 10, 20])))
+        group = SimpleNamespace(kv_cache_spec=FullAttentionSpec())
+        self.kv_cache_config = SimpleNamespace(num_blocks=50, kv_cache_groups=[SimpleNamespace(kv_cache_spec=0), group])
+        table = torch.tensor([[7, 0], [0, 0], [3, 5], [4, 0]])
+        self.block_tables = SimpleNamespace(
+            block_sizes=[1, 16], block_tables=[SimpleNamespace(), SimpleNamespace(gpu=table)]
+        )
+        self.sampler = SimpleNamespace(sample=lambda logits, *rest: (logits, rest))
+
+    def prepare_inputs(self, step: Any, *_: Any) -> Any:
+        return SimpleNamespace(
+            req_ids=["decode", "last", "chunk"],
+            idx_mapping=torch.tensor([2, 0, 3]),
+            idx_mapping_np=np.array([2, 0, 3]),
+            num_scheduled_tokens=np.array([1, 5, 16]),
+            query_start_loc_np=np.array([0, 1, 6, 22, 22]),
+            num_computed_tokens_np=np.array([12, 4, 0]),
+            prefill_len_np=np.array([10, 9, 20]),
+            input_ids=torch.arange(100, 132),
+        )
+
+
+class FullAttentionSpec:
+    pass
+
+
+@pytest.fixture
+def v2(monkeypatch: pytest.MonkeyPatch) -> V2:
+    monkeypatch.setitem(sys.modules, "vllm.v1.kv_cache_interface", SimpleNamespace(FullAttentionSpec=FullAttentionSpec))
+    return V2()
+
+
+def prepared(inner: V2, **scheduled: int) -> tuple[RunnerV2, Any]:
+    """The adapter when a step's inputs were prepared, and the step."""
+    adapter, now = RunnerV2(inner), step(**scheduled or {"decode": 1, "last": 5, "chunk": 16})
+    inner.prepare_inputs(now, "batch state")
+    return adapter, now
+
+
+def test_v2_rows_stand_in_the_order_of_the_batch_that_was_prepared(v2: V2) -> None:
+    adapter, now = prepared(v2)
+    assert list(adapter.rows(now)) == [
+        Rows("decode", 0, 1, 12, 10, True, (), 100),
+        Rows("last", 1, 5, 4, 9, True, (), 101),
+        Rows("chunk", 6, 16, 0, 20, False, (), 106),
+    ]
+
+
+def test_v2_a_sequence_that_lost_its_kv_decides_only_where_all_of_it_is_computed_again(v2: V2) -> None:
+    adapter, now = prepared(v2)
+    # Nine tokens of a prompt and three generated ones: what is to be computed again is twelve.
+    adapter._batch.prefill_len_np[1] = 12
+    _, again, _ = adapter.rows(now)
+    assert not again.samples
+    assert again.prompt_tokens == 9
+
+
+def test_v2_a_batch_of_another_step_is_unscored(v2: V2) -> None:
+    adapter, now = prepared(v2)
+    with pytest.raises(UnscoredError, match="did not put this step's batch together"):
+        list(adapter.rows(step(decode=1, last=5, chunk=16)))
+    assert list(adapter.rows(now))
+
+
+def test_v2_a_batch_that_was_never_seen_is_unscored(v2: V2) -> None:
+    with pytest.raises(UnscoredError, match="did not put this step's batch together"):
+        list(RunnerV2(v2).rows(step(decode=1)))
+
+
+@pytest.mark.parametrize(
+    "scheduled",
+    [{"decode": 1, "chunk": 16}, {"decode": 1, "chunk": 15, "last": 5}, {"decode": 1, "chunk": 16, "other": 5}],
+    ids=["one missing", "another count", "another"],
+)
+def test_v2_a_batch_that_is_not_the_schedulers_step_is_unscored(v2: V2, scheduled: dict[str, int]) -> None:
+    adapter, now = prepared(v2, **scheduled)
+    with pytest.raises(UnscoredError, match="3 sequences are not"):
+        list(adapter.rows(now))
+
+
+def test_v2_a_token_that_is_forbidden_can_be_drawn_for_no_sequence(v2: V2) -> None:
+    adapter = RunnerV2(v2)
+    assert v2.sampler.sample(torch.ones(2, 8), "rest")[0].eq(1).all()
+    adapter.forbid(5)
+    logits, rest = v2.sampler.sample(torch.ones(2, 8), "rest")
+    assert logits[:, 5].isneginf().all()
+    assert logits[:, [0, 1, 2, 3, 4, 6, 7]].eq(1).all()
+    assert rest == ("rest",)
+
+
+def test_v2_positions_lie_where_the_block_table_of_full_attention_says(v2: V2) -> None:
+    adapter, _ = prepared(v2)
+    assert adapter.slots() == 50 * 16
+    assert adapter.where("decode", 14, 18).tolist() == [3 * 16 + 14, 3 * 16 + 15, 5 * 16, 5 * 16 + 1]
+    assert adapter.where("last", 0, 2).tolist() == [7 * 16, 7 * 16 + 1]
+    # The next step has a table of its own.
+    v2.block_tables.block_tables[1].gpu[2, 1] = 6
+    v2.prepare_inputs(step(decode=1))
+    assert adapter.where("decode", 16, 17).tolist() == [6 * 16]
+
+
+def test_v2_blocks_are_copied_whole(v2: V2) -> None:
+    copy = SimpleNamespace(src_block_id=2, dst_block_id=5)
+    found = list(RunnerV2(v2).copies(SimpleNamespace(kv_cache_block_copies=[copy])))
+    assert found == [(slice(32, 48), slice(80, 96))]
+    assert list(RunnerV2(v2).copies(SimpleNamespace(kv_cache_block_copies=None))) == []
+
+
+def test_v2_a_model_that_samples_several_tokens_a_step_is_refused(v2: V2) -> None:
+    v2.decode_query_len = 4
+    with pytest.raises(UnsupportedEngineError, match="samples 4 tokens a step; expected 1"):
+        RunnerV2(v2)
+
+
+def test_v2_says_whether_it_schedules_ahead(v2: V2) -> None:
+    assert RunnerV2(v2).schedules_ahead()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from guard.engine.finding import Finding
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.steering import Steering
 from guard.engine.stop import Stop
 from guard.engine.turns import Turns

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guard.calibration import Calibration
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.step import Scorer
 from guard.growth import Growth
 from guard.scores import Tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from guard.engine.runner_v1 import Rows
+from guard.engine.runner import Rows
 from guard.engine.turns import Turns
 from guard.roles import ROLES, RoleMap
 from tests.guard.planted import ROLE_MAP

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any
 
 import torch
-
-FOLDER = Path(sys.prefix) / "triton"
-"""Where the set-up of the CPU build puts Triton; the CUDA build has it in its environment."""
-
-
-def begin(*, interpret: bool) -> None:
-    """Make Triton importable, as the interpreter of its kernels or as their compiler."""
-    if FOLDER.is_dir():
-        sys.path.append(str(FOLDER))
-    os.environ["TRITON_INTERPRET"] = str(int(interpret))
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(f"no Triton in {FOLDER}: `make setup` installs it") from error
 
 
 def read(name: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
