@@ -25,7 +25,7 @@ MEMBERS: dict[str, str] = {
     # runner_v1.py
     RUNNER_V1: "get_model max_num_tokens _dummy_run input_batch input_ids execute_model_state use_async_scheduling "
     "kv_cache_config",
-    "v1/worker/gpu_model_runner.py:ExecuteModelState": "logits",
+    "v1/worker/gpu_model_runner.py:ExecuteModelState": "logits hidden_states sample_hidden_states slot_mappings",
     "v1/worker/gpu_input_batch.py:InputBatch": "req_ids req_id_to_index num_computed_tokens_cpu num_tokens_no_spec "
     "num_prompt_tokens block_table",
     "v1/worker/block_table.py:BlockTable": "block_size block_table",
@@ -79,7 +79,8 @@ PARAMETERS: dict[str, str] = {
     "model_executor/models/llama.py:LlamaDecoderLayer.forward": "self positions hidden_states residual",
     "model_executor/models/qwen2.py:Qwen2DecoderLayer.forward": "self positions hidden_states residual",
     "model_executor/models/gemma2.py:Gemma2DecoderLayer.forward": "self positions hidden_states residual",
-    "utils/torch_utils.py:direct_register_custom_op": "op_name op_func mutates_args fake_impl target_lib",
+    "forward_context.py:get_forward_context": "",
+    "forward_context.py:override_forward_context": "forward_context",
 }
 """What functions take first, in order."""
 
@@ -115,7 +116,10 @@ def _faults(package: Path) -> Iterator[str]:
         yield from (f"{place}: no `{name}`" for name in names.split() if name not in _members(package, found))
     for place, names in PARAMETERS.items():
         function = _function(package, place)
-        first = [] if function is None else [each.arg for each in function.args.posonlyargs + function.args.args]
+        if function is None:
+            yield f"{place}: no such function"
+            continue
+        first = [each.arg for each in function.args.posonlyargs + function.args.args]
         if first[: len(names.split())] != names.split():
             yield f"{place}: takes {' '.join(first) or 'nothing'}, expected {names}"
     for place, name in CALLS.items():
