@@ -154,6 +154,7 @@ def test_what_vllm_does_by_itself_is_not_refused(
     ("changes", "own", "named"),
     [
         ({"speculative_config": SimpleNamespace(method="ngram")}, False, "speculative decoding"),
+        ({"use_v2_model_runner": True}, False, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"lora_config": SimpleNamespace()}, False, "--enable-lora"),
         ({"parallel_config.tensor_parallel_size": 2}, False, "--tensor-parallel-size 1"),
         ({"compilation_config.cudagraph_mode": "FULL"}, False, "CUDA graphs"),
