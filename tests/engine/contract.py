@@ -59,7 +59,8 @@ MEMBERS: dict[str, str] = {
     "compilation_config speculative_config lora_config kv_transfer_config ec_transfer_config watermark_config "
     "additional_config",
     "config/parallel.py:ParallelConfig": "tensor_parallel_size pipeline_parallel_size data_parallel_size "
-    "decode_context_parallel_size prefill_context_parallel_size enable_dbo use_ubatching",
+    "decode_context_parallel_size prefill_context_parallel_size enable_dbo use_ubatching nnodes "
+    "distributed_executor_backend",
     "config/scheduler.py:SchedulerConfig": "async_scheduling",
     "config/cache.py:CacheConfig": "enable_prefix_caching kv_sharing_fast_prefill",
     "config/model.py:ModelConfig": "runner_type enable_prompt_embeds dtype get_vocab_size",
