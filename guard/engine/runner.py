@@ -98,6 +98,10 @@ class Runner(Protocol):
         none."""
         ...
 
+    def last_slot_taken(self) -> bool:
+        """Whether an adapter lies in the last of the slots that `--max-loras` makes."""
+        ...
+
     def slots(self) -> int:
         """How many tokens the KV cache has room for.
 
@@ -113,6 +117,25 @@ class Runner(Protocol):
     def copies(self, step: SchedulerOutput) -> Iterator[tuple[slice, slice]]:
         """From which slots to which the runner copied KV at the beginning of the step."""
         ...
+
+
+class LoraHolder:
+    """What both runners have of one class of vLLM's, `v1/worker/lora_model_runner_mixin.py`."""
+
+    _runner: Any
+
+    def adapter(self, number: int) -> object | None:
+        """What holds the weights of a LoRA adapter: another object whenever they were read again, None where there are
+        none."""
+        held: object | None = self._runner.lora_manager._adapter_manager.get_adapter(number)
+        return held
+
+    def last_slot_taken(self) -> bool:
+        """Whether an adapter lies in the last of the slots that `--max-loras` makes."""
+        return (
+            bool(self._runner.lora_config)
+            and self._runner.lora_manager._adapter_manager.lora_index_to_id[-1] is not None
+        )
 
 
 def full_attention(kv_cache_config: Any) -> int:

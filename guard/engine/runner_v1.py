@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from guard.engine.runner import Rows, copied, full_attention
+from guard.engine.runner import LoraHolder, Rows, copied, full_attention
 from guard.errors import UnscoredError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class _Entered:
     context: Any
 
 
-class RunnerV1:
+class RunnerV1(LoraHolder):
     """What the guard needs to know of a V1 model runner."""
 
     def __init__(self, runner: Any) -> None:
@@ -132,19 +132,6 @@ class RunnerV1:
     def schedules_ahead(self) -> bool:
         """Whether tokens are sampled before the scheduler has seen the last ones."""
         return bool(self._runner.use_async_scheduling)
-
-    def adapter(self, number: int) -> object | None:
-        """What holds the weights of a LoRA adapter: another object whenever they were read again, None where there are
-        none."""
-        held: object | None = self._runner.lora_manager._adapter_manager.get_adapter(number)
-        return held
-
-    def last_slot_taken(self) -> bool:
-        """Whether an adapter lies in the last of the slots that `--max-loras` makes."""
-        return (
-            bool(self._runner.lora_config)
-            and self._runner.lora_manager._adapter_manager.lora_index_to_id[-1] is not None
-        )
 
     # -- where the KV cache keeps tokens ------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from guard.engine.runner import Rows, copied, full_attention
+from guard.engine.runner import LoraHolder, Rows, copied, full_attention
 from guard.errors import UnscoredError, UnsupportedEngineError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class RunnerV2:
+class RunnerV2(LoraHolder):
     """What the guard needs to know of a V2 model runner."""
 
     def __init__(self, runner: Any) -> None:
@@ -85,12 +85,6 @@ class RunnerV2:
     def schedules_ahead(self) -> bool:
         """Whether tokens are sampled before the scheduler has seen the last ones."""
         return bool(self._runner.scheduler_config.async_scheduling)
-
-    def adapter(self, number: int) -> object | None:
-        """What holds the weights of a LoRA adapter: another object whenever they were read again, None where there are
-        none."""
-        held: object | None = self._runner.lora_manager._adapter_manager.get_adapter(number)
-        return held
 
     def slots(self) -> int:
         """How many tokens the KV cache has room for.

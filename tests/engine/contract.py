@@ -24,14 +24,14 @@ OUTPUTS = "v1/outputs.py"
 MEMBERS: dict[str, str] = {
     # runner_v1.py
     RUNNER_V1: "get_model max_num_tokens _dummy_run input_batch input_ids execute_model_state use_async_scheduling "
-    "kv_cache_config",
+    "kv_cache_config lora_manager lora_config",
     "v1/worker/gpu_model_runner.py:ExecuteModelState": "logits hidden_states sample_hidden_states slot_mappings",
     "v1/worker/gpu_input_batch.py:InputBatch": "req_ids req_id_to_index num_computed_tokens_cpu num_tokens_no_spec "
     "num_prompt_tokens block_table",
     "v1/worker/block_table.py:BlockTable": "block_size block_table",
     # runner_v2.py
     RUNNER_V2: "get_model max_num_tokens _dummy_run decode_query_len prepare_inputs sampler req_states block_tables "
-    "kv_cache_config scheduler_config execute_model_state",
+    "kv_cache_config scheduler_config execute_model_state lora_manager lora_config",
     "v1/worker/gpu/input_batch.py:InputBatch": "req_ids num_scheduled_tokens query_start_loc_np input_ids idx_mapping "
     "idx_mapping_np num_computed_tokens_np prefill_len_np",
     "v1/worker/gpu/states.py:RequestState": "prompt_len prefill_len num_computed_tokens_np",
@@ -46,6 +46,8 @@ MEMBERS: dict[str, str] = {
     "v1/core/sched/output.py:SchedulerOutput": "scheduled_new_reqs num_scheduled_tokens total_num_scheduled_tokens "
     "scheduled_spec_decode_tokens finished_req_ids kv_cache_block_copies",
     "v1/core/sched/output.py:NewRequestData": "req_id prompt_token_ids sampling_params",
+    "lora/worker_manager.py:WorkerLoRAManager": "_adapter_manager",
+    "lora/model_manager.py:LoRAModelManager": "get_adapter lora_index_to_id",
     # worker.py, stop.py, ahead.py
     "v1/worker/gpu_worker.py:Worker": "load_model compile_or_warm_up_model execute_model sample_tokens shutdown "
     "model_runner vllm_config",
