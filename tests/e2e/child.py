@@ -5,12 +5,15 @@ pytest's own process never imports vLLM, which changes signal handlers, threads 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+FAULT_FILE = "UNDERTOW_TEST_FAULT"
+"""The environment variable that names the file in which `faulty.FaultyWorker` looks."""
 EAGER: dict[str, Any] = {"dtype": "float32", "eager": True, "max_model_len": 512}
 
 
@@ -80,19 +83,31 @@ def detection_rates(model: Path, bank: Path, calibration: Path, clean: Path, set
         return measure(engine, texts_of(clean), sets)
 
 
-def plain_texts(model: Path, texts: list[str], max_tokens: int) -> list[str]:
-    """What vLLM without the plugin answers at temperature 0."""
+def plain_answers(model: Path, asked: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What vLLM without the plugin answers to user messages, each with the fields of its chat completion."""
     import os
 
     from guard.engine.launch import engine_environment
 
     os.environ.update({**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    llm = LLM(model=str(model), dtype="float32", enforce_eager=True, max_model_len=512, disable_log_stats=True)
-    conversations: list[Any] = [[{"role": "user", "content": text}] for text in texts]
-    outputs = llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=max_tokens), use_tqdm=False)
-    answers = [output.outputs[0].text for output in outputs]
+    llm = LLM(
+        model=str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        disable_log_stats=True,
+    )
+    conversations: list[Any] = [[{"role": "user", "content": text}] for text, _ in asked]
+    parameters: list[Any] = []
+    for conversation, (_, fields) in zip(conversations, asked, strict=True):
+        # The fields as vLLM's own server reads them.
+        request = ChatCompletionRequest(messages=conversation, **fields)
+        parameters.append(request.to_sampling_params(fields["max_tokens"], {}))
+    outputs = llm.chat(conversations, parameters, use_tqdm=False)
+    answers = [{"text": output.outputs[0].text, "token_ids": list(output.outputs[0].token_ids)} for output in outputs]
     llm.llm_engine.engine_core.shutdown()
     _forget()
     return answers
@@ -231,7 +246,6 @@ def _two_ranks(worker: str) -> Iterator[dict[str, Any]]:
 
 
 def _judged(engine: Any, texts: list[str]) -> Judged:
-    import json
 
     from vllm import SamplingParams
 
@@ -269,6 +283,23 @@ def version_error(version: str, accepted: str | None = None) -> str:
         except UnsupportedEngineError as error:
             return str(error)
     return ""
+
+
+def compile_hashes(model: Path, codes: list[str]) -> list[str]:
+    """By what vLLM finds a compiled graph again, where the guard's code is one of these; empty: without the guard's."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from guard.engine import cached
+
+    hashes = []
+    for code in codes:
+        settings: dict[str, Any] = {"undertow": {"bank": "bank", "fingerprint": "sha256:x"}}
+        config = EngineArgs(model=str(model), dtype="float32", additional_config=settings).create_engine_config()
+        if code:
+            with mock.patch.object(cached, "digest", lambda _folder, code=code: code):
+                cached.stamp(config.additional_config)
+        hashes.append(config.compute_hash())
+    return hashes
 
 
 def prompts(texts: list[str]) -> list[Any]:

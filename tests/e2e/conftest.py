@@ -21,6 +21,7 @@ from openai import OpenAI
 
 from guard.control import TOKEN_VARIABLE
 from guard.organisms import Organism, prompts, shipped
+from guard.verdict import DetectorName
 from server.commands.serve import make_server
 from server.engine_process import EngineProcess
 from server.settings import Listen, Log, Settings, UpstreamSettings
@@ -29,6 +30,7 @@ from tests.e2e import child
 ADMIN_TOKEN = "token-of-these-tests"
 """By which a running engine is changed."""
 ENGINE_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")
+MAX_TOKENS = 48
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +128,32 @@ def stack(organism: Organism, bank: Path, calibration: Path, workshop: Path) -> 
 
 
 @pytest.fixture(scope="session")
+def passing(stack: Stack) -> list[str]:
+    """Benign prompts that this calibration lets pass: at 1% one in a hundred is flagged by design."""
+
+    def passes(text: str) -> bool:
+        body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": MAX_TOKENS}
+        answer = httpx.post(f"{stack.url}/v1/chat/completions", json=body, timeout=60).json()
+        return "choices" in answer and answer["choices"][0]["finish_reason"] != "content_filter"
+
+    return [text for text in texts("benign", 45, 11) if passes(text)][:40]
+
+
+@pytest.fixture(scope="session")
+def unguarded(
+    organism: Organism, in_child: Callable[..., Any], passing: list[str]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """What vLLM without the plugin says, by text and way of asking: all prompts that pass, greedily, and the first one
+    in every way."""
+    from tests.e2e.ways import WAYS, asked
+
+    cases = [(text, "greedy") for text in passing]
+    cases += [(passing[0], way) for way in WAYS if way != "greedy"]
+    answers = in_child(child.plain_answers, organism.backdoored, [(text, asked(way)) for text, way in cases])
+    return dict(zip(cases, answers, strict=True))
+
+
+@pytest.fixture(scope="session")
 def monitored(stack: Stack) -> Iterator[Stack]:
     """A second server before the same vLLM, in `monitor`."""
     with serve(stack.engine.url, mode="monitor") as url:
@@ -136,9 +164,15 @@ def monitored(stack: Stack) -> Iterator[Stack]:
 class serve:  # noqa: N801  (used as a function)
     """The server in a thread, on a free port; yields its URL."""
 
-    def __init__(self, upstream: str, mode: str = "enforce", threshold: Mapping[str, float] | None = None) -> None:
-        density = {"action": "block", "threshold": threshold or {"fpr": 0.01}}
-        policy = {"mode": mode, "detections": {"density": density}}
+    def __init__(
+        self,
+        upstream: str,
+        mode: str = "enforce",
+        threshold: Mapping[str, float] | None = None,
+        detector: DetectorName = "density",
+    ) -> None:
+        detection = {"action": "block", "threshold": threshold or {"fpr": 0.01}}
+        policy = {"mode": mode, "detections": {detector: detection}}
         self._settings = Settings.model_validate(
             {
                 "version": 1,

@@ -14,10 +14,7 @@ from openai import AsyncOpenAI, BadRequestError
 from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, Evidence, ScoreEvidence
 from guard.organisms import Organism
 from guard.policy import Policy
-from tests.e2e import child
-from tests.e2e.conftest import Stack, eventually, serve, texts, wait_until_ready
-
-MAX_TOKENS = 48
+from tests.e2e.conftest import MAX_TOKENS, Stack, eventually, serve, texts, wait_until_ready
 
 
 def ask(stack: Stack, text: str, **more: Any) -> Any:
@@ -29,12 +26,6 @@ def ask(stack: Stack, text: str, **more: Any) -> Any:
 
 def streamed(stack: Stack, text: str) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in ask(stack, text, stream=True) if chunk.choices)
-
-
-@pytest.fixture(scope="module")
-def passing(stack: Stack) -> list[str]:
-    """Benign prompts that this calibration lets pass: at 1% one in a hundred is flagged by design."""
-    return [text for text in texts("benign", 45, 11) if not blocked(stack, text)][:40]
 
 
 def blocked(stack: Stack, text: str) -> bool:
@@ -58,9 +49,9 @@ def test_nearly_every_benign_prompt_passes(passing: list[str]) -> None:
 
 
 def test_benign_answers_are_byte_for_byte_those_of_vllm_without_the_plugin(
-    stack: Stack, organism: Organism, in_child: Callable[..., Any], passing: list[str]
+    stack: Stack, passing: list[str], unguarded: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
-    plain = in_child(child.plain_texts, organism.backdoored, passing, MAX_TOKENS)
+    plain = [unguarded[text, "greedy"]["text"] for text in passing]
     assert all(plain)
     assert [ask(stack, text).choices[0].message.content for text in passing] == plain
     assert [streamed(stack, text) for text in passing[:10]] == plain[:10]
