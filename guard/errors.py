@@ -20,6 +20,8 @@ Messages name the file, key or field, the value found and what was expected. The
 
 from __future__ import annotations
 
+from guard.faults import Fault
+
 
 class UndertowError(Exception):
     """The root of the tree."""
@@ -70,7 +72,11 @@ class UnsupportedEngineError(EngineError):
 
 
 class UnscoredError(EngineError):
-    """A token passed through the model without a score."""
+    """A token passed through the model without a score. `fault` names why, for those who count."""
+
+    def __init__(self, message: str, fault: Fault = "unscorable") -> None:
+        super().__init__(message)
+        self.fault: Fault = fault
 
 
 class EvidenceError(EngineError):

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from guard.errors import EvidenceError
+from guard.faults import Fault
 from guard.policy import Action, Mode
 from guard.verdict import DetectorName, Phase
 
@@ -25,6 +26,8 @@ STREAM_PREFIX = ": undertow "
 """SSE comment with evidence in a stream: before the first chunk, each chunk that ends a choice, and `[DONE]`."""
 STATUS_PATH = "/undertow/status"
 """Where the engine's API process says what its workers guard with (a `Status` as JSON)."""
+SILENT = "silent"
+"""Stands in the place of evidence, in header and comment, where the worker gave none to the engine's API process."""
 POLICY_ARGUMENT = "undertow_policy"
 """Key in `vllm_xargs` that carries `Policy.to_wire()`."""
 
@@ -68,6 +71,9 @@ class Record(_Wire):
     """The phase that decided; None for `allow` and for what could not be scored."""
     detector: DetectorName | None = None
     unscorable: str | None = None
+    """What was found and what was expected, where the sequence could not be scored."""
+    fault: Fault | None = None
+    """The same by name."""
     generation: Annotated[int, Field(ge=1)] = 1
     """Which of the engine's guards scored the last token: 1 at its start, one more with every change. Where one was
     replaced meanwhile, each token is judged by the one that was in force when it was computed."""
@@ -154,7 +160,9 @@ class WorkerStatus(_Wire):
     tokens_missed: int
     """That entered the model, or came from the prefix cache, and have no score: their requests are unscorable."""
     unscorable: int
-    """Sequences."""
+    """Sequences that could not be scored."""
+    faults: dict[Fault, int] = Field(default_factory=dict)
+    """The same by why."""
     steering: bool = False
     """Whether it can steer."""
     flagged: int = 0
@@ -173,6 +181,8 @@ class Status(_Wire):
 
     version: Literal[1] = EVIDENCE_VERSION
     workers: tuple[WorkerStatus, ...]
+    channel: Literal["answers", "silent"] | None = None
+    """Whether the worker gives evidence when it is asked. None: nobody asked."""
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Status:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from guard.errors import EvidenceError
-from guard.evidence import Coverage, Evidence, Record
+from guard.evidence import SILENT, Coverage, Evidence, Record
 from guard.policy import SEVERITY, Action, Policy
 from server.errors import GuardFailure
 from server.handshake import Handshake
@@ -136,6 +136,8 @@ class Assessor:
             return GuardFailure("no_handshake", "no handshake with the engine")
         if text is None:
             return GuardFailure("evidence_missing", "the engine sent no evidence")
+        if text in (SILENT, SILENT.encode()):
+            return GuardFailure("channel_silent", "the engine's worker gave no evidence when it was asked")
         try:
             evidence = Evidence.from_json(text)
         except EvidenceError as error:
@@ -173,7 +175,7 @@ class Assessor:
             if self.enforcing and record.mode != "enforce":
                 return GuardFailure("policy", f"the engine judged in mode {record.mode}, the policy asks for enforce")
             if record.unscorable is not None:
-                return GuardFailure("unscorable", record.unscorable)
+                return GuardFailure(record.fault or "unscorable", record.unscorable)
         return None
 
     def _check_coverage(self, usage: Usage | None) -> GuardFailure | None:

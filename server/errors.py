@@ -12,36 +12,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from guard.errors import UndertowError
+from guard.faults import FAULTS, Fault
 
-FailureKind = Literal[
+ServerFailure = Literal[
     "no_handshake",
     "evidence_missing",
     "evidence_invalid",
+    "channel_silent",
     "fingerprint",
     "policy",
-    "unscorable",
     "coverage",
     "unexplained_stop",
     "response_invalid",
     "internal",
 ]
-"""Why a request counts as not judged. `docs/metrics.md` says what each one means."""
+FailureKind = ServerFailure | Fault
+"""Why a request counts as not judged: the engine could not score it (`Fault`), or what it says does not hold here.
+`docs/metrics.md` says what each one means."""
 
-FAILURE_KINDS: tuple[FailureKind, ...] = (
-    "no_handshake",
-    "evidence_missing",
-    "evidence_invalid",
-    "fingerprint",
-    "policy",
-    "unscorable",
-    "coverage",
-    "unexplained_stop",
-    "response_invalid",
-    "internal",
-)
+FAILURE_KINDS: tuple[FailureKind, ...] = (*get_args(ServerFailure), *FAULTS)
 
 UpstreamKind = Literal["connect", "timeout", "cut", "status", "protocol"]
 UPSTREAM_KINDS: tuple[UpstreamKind, ...] = ("connect", "timeout", "cut", "status", "protocol")

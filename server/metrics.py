@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.registry import Collector
 
 from guard.evidence import Record, ScoreEvidence
+from guard.faults import FAULT_MEANINGS
 from guard.policy import Action, Mode
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
-from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, FailureKind, UpstreamKind
+from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, FailureKind, ServerFailure, UpstreamKind
 
 EndpointLabel = Literal["chat_completions", "completions", "models", "other"]
 ENDPOINTS: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "models", "other")
@@ -146,18 +147,21 @@ DECLARATIONS: tuple[Declaration, ...] = (
 METRIC_NAMES: frozenset[str] = frozenset(declaration.name for declaration in DECLARATIONS)
 """Names of the exposed families; counters with `_total`."""
 
-FAILURE_MEANINGS: Mapping[FailureKind, str] = {
+SERVER_MEANINGS: Mapping[ServerFailure, str] = {
     "no_handshake": "The engine's workers have not said what they guard with, or not what the settings ask for.",
     "evidence_missing": "An answer came without evidence: the middleware is not loaded.",
     "evidence_invalid": "Evidence could not be read: the versions of server and engine differ.",
+    "channel_silent": "The engine's worker gave no evidence when it was asked: its evidence channel is dead, or it is "
+    "overloaded.",
     "fingerprint": "Evidence of another bank than the handshake's: the engine was restarted with another one.",
     "policy": "The engine judged in another mode than the policy sent to it.",
-    "unscorable": "The engine could not score the request, and says why in the log.",
     "coverage": "Fewer tokens or sequences have a score than were used.",
     "unexplained_stop": "A sequence ended with the reserved token, but no record blocks it.",
     "response_invalid": "The answer is not of a shape that evidence can be held against.",
     "internal": "A fault in this server; the log has its place.",
 }
+
+FAILURE_MEANINGS: Mapping[str, str] = dict([*SERVER_MEANINGS.items(), *FAULT_MEANINGS.items()])
 
 
 class Metrics:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guard.evidence import STREAM_PREFIX
+from guard.faults import FAULTS
 from server.assessment import Assessor, Usage, choices_of
 from server.errors import ApiError, GuardFailure, blocked_prompt, guard_unavailable, upstream_cut
 from server.protocol import Call, blocked_chunk, new_head
@@ -217,7 +218,7 @@ class StreamGuard:
     def _done_with_error(self, error: bytes, raw: bytes) -> list[bytes]:
         """The engine gave up. Where a block made it (a grammar cannot take the reserved token), that is the answer."""
         failure = self._assessor.opening(self._evidence) if self._evidence is not None else None
-        if failure is not None and failure.kind == "unscorable" and self._assessor.enforcing:
+        if failure is not None and failure.kind in FAULTS and self._assessor.enforcing:
             return self._close(guard_unavailable())
         self.closed = True
         if self._assessor.blocked:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from guard.faults import FAULTS
 from server.assessment import Assessor, Usage, choices_of
 from server.errors import ApiError, GuardFailure, blocked_prompt, guard_unavailable
 from server.protocol import Call, blocked_choice, new_head
@@ -37,7 +38,7 @@ def judge_error(call: Call, assessor: Assessor, evidence: bytes | None, content:
     if _says_guard_unavailable(content):
         assessor.fail(GuardFailure("evidence_missing", "the guard in the engine cannot reach its workers"))
         return guard_unavailable()
-    if failure is not None and failure.kind == "unscorable" and assessor.enforcing:
+    if failure is not None and failure.kind in FAULTS and assessor.enforcing:
         return guard_unavailable()
     if assessor.prompt_blocked or (assessor.blocked and call.stream):
         return blocked_prompt(call.endpoint.prompt_field)

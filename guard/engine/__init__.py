@@ -3,6 +3,8 @@
 worker.py      GuardWorker (`--worker-cls`): wires what follows into one vLLM worker
 settings.py    what `--additional-config` says
 support.py     which vLLM, and which of its features, can be scored
+cached.py      what vLLM's compile cache has to know of the guard
+scheduler.py   grammars are not asked about sequences that have ended (`--scheduler-cls`)
 probe.py       the op that reads the residual stream of one layer, and its hooks
 kernels/       what that op and those after it do: in plain torch, in C++ for a CPU, in Triton for GPUs
 readings.py    what the probes saw in one forward pass

@@ -31,6 +31,7 @@ from guard.engine.shadow import Shadow
 from guard.engine.stop import Endings, Stop
 from guard.errors import ConfigError
 from guard.evidence import Evidence, Record
+from guard.faults import Fault
 from guard.scores import BankSpace
 
 if TYPE_CHECKING:
@@ -277,17 +278,17 @@ class Guards:
                 stops |= guard.judge.judge(own, sampled, guard.shadow, where)
         for rows in seen.batch if seen.unguarded else ():
             if (reason := seen.unguarded.get(rows.sequence)) is not None:
-                stops |= self.fail({rows.sequence: rows.count}, reason)
+                stops |= self.fail({rows.sequence: rows.count}, reason, "no_guard")
         return stops
 
-    def fail(self, tokens: Mapping[str, int], reason: str) -> dict[str, Stop]:
+    def fail(self, tokens: Mapping[str, int], reason: str, fault: Fault) -> dict[str, Stop]:
         """A pass could not be scored; says which of its sequences end now. `tokens`: how many of each it computed."""
         stops: dict[str, Stop] = {}
         for sequence, count in tokens.items():
             guard = self._of(sequence)
             ledger = self._strangers if guard is None or guard.judge is None else guard.judge.ledger
             if ledger is not None:
-                ledger.fail(sequence, reason, count)
+                ledger.fail(sequence, reason, count, fault)
                 stops |= {name: Stop(0, token) for name, token in ledger.stops([sequence]).items()}
         return stops
 

@@ -18,6 +18,7 @@ from guard.engine.step import Outside, Scorer
 from guard.engine.stop import Stop
 from guard.engine.turns import Turns
 from guard.evidence import DetectorStatus
+from guard.faults import Fault
 from guard.policy import Policy
 
 
@@ -94,11 +95,17 @@ class Judge:
             kept[sequence] += part.samples and not self.ledger.blocked(sequence)
         return {sequence: Stop(kept[sequence], token) for sequence, token in self.ledger.stops(kept).items()}
 
-    def fail(self, sequences: Iterable[str], reason: str, tokens: Mapping[str, int] | None = None) -> dict[str, Stop]:
+    def fail(
+        self,
+        sequences: Iterable[str],
+        reason: str,
+        tokens: Mapping[str, int] | None = None,
+        fault: Fault = "unscorable",
+    ) -> dict[str, Stop]:
         """A pass could not be scored; says which of its sequences end now. `tokens`: how many of each it computed."""
         names = list(sequences)
         for sequence in names:
-            self.ledger.fail(sequence, reason, (tokens or {}).get(sequence, 0))
+            self.ledger.fail(sequence, reason, (tokens or {}).get(sequence, 0), fault)
         return {sequence: Stop(0, token) for sequence, token in self.ledger.stops(names).items()}
 
     def _recall(self, part: Rows, shadow: Shadow | None, where: Callable[[str, int, int], torch.Tensor]) -> None:

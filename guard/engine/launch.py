@@ -21,6 +21,7 @@ from guard.evidence import STATUS_PATH
 
 WORKER = "guard.engine.worker.GuardWorker"
 MIDDLEWARE = "guard.engine.middleware.EvidenceMiddleware"
+SCHEDULER = "guard.engine.scheduler.scheduler"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
 
@@ -69,6 +70,7 @@ def engine_options() -> dict[str, object]:
     """vLLM's options, as `vllm.LLM` takes them, without which a token could pass unread."""
     options: dict[str, object] = {
         "worker_cls": WORKER,
+        "scheduler_cls": SCHEDULER,
     }
     if has_gpu():
         options["compilation_config"] = {"cudagraph_mode": "NONE"}
@@ -93,6 +95,7 @@ def serve_arguments(
         *("--host", host),
         *("--port", str(port)),
         *("--worker-cls", WORKER),
+        *("--scheduler-cls", SCHEDULER),
         *("--middleware", MIDDLEWARE),
         *("--additional-config", json.dumps(additional_config(bank, fingerprint, calibration, steering, adapters))),
         # Every server asks for it every second.

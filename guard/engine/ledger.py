@@ -17,6 +17,7 @@ from guard.engine.runner import Rows
 from guard.engine.stop import Endings
 from guard.errors import CalibrationError, ConfigError
 from guard.evidence import Record
+from guard.faults import Fault
 from guard.policy import Action, Decision, Policy, Role, decide
 from guard.verdict import PHASES, Score, Verdict
 
@@ -79,6 +80,7 @@ class Sequence:
     earlier: dict[ScoreKey, Finding] = field(default_factory=dict)
     """The gravest of what guards said that were replaced while it ran."""
     unscorable: str | None = None
+    fault: Fault | None = None
     decision: Decision = field(default_factory=lambda: Decision("allow"))
     steered_from: int | None = None
 
@@ -114,9 +116,15 @@ class Ledger:
         self.tokens_scored = 0
         self.tokens_recalled = 0
         self.tokens_missed = 0
-        self.unscorable = 0
         self.decided: Counter[Action] = Counter()
         """Sequences, by what is done about them."""
+        self.faults: Counter[Fault] = Counter()
+        """Sequences that could not be scored, by why."""
+
+    @property
+    def unscorable(self) -> int:
+        """Sequences that could not be scored."""
+        return self.faults.total()
 
     @staticmethod
     def _target_policy(calibration: Calibration) -> Policy:
@@ -143,7 +151,7 @@ class Ledger:
         self.requests_judged += 1
         self.decided[entry.decision.action] += 1
         if problem is not None:
-            self._give_up(entry, problem)
+            self._give_up(entry, *problem)
 
     def adopt(self, other: Ledger) -> None:
         """Take the place of another ledger, with all that runs under it and all that it remembers.
@@ -153,7 +161,7 @@ class Ledger:
         """
         self._running, self._by_key = other._running, other._by_key
         self.generation = other.generation + 1
-        self.requests_judged, self.unscorable = other.requests_judged, other.unscorable
+        self.requests_judged, self.faults = other.requests_judged, other.faults
         self.tokens_scored, self.tokens_recalled = other.tokens_scored, other.tokens_recalled
         self.tokens_missed = other.tokens_missed
         self.decided = other.decided.copy()
@@ -166,7 +174,7 @@ class Ledger:
             entry.best, entry.verdicts, entry.first = {}, {}, {}
             entry.policy, entry.limits, entry.generation = policy, limits, self.generation
             if problem is not None:
-                self._give_up(entry, problem)
+                self._give_up(entry, *problem)
 
     def finish(self, sequences: Iterable[str]) -> None:
         """These sequences run no more; the oldest finished ones are forgotten."""
@@ -200,7 +208,8 @@ class Ledger:
         if rows.first_position > entry.scored:
             self.tokens_missed += end - max(entry.scored, entry.missed)
             entry.missed = end
-            self._give_up(entry, f"tokens {entry.scored} to {rows.first_position - 1} were never scored here")
+            detail = f"tokens {entry.scored} to {rows.first_position - 1} were never scored here"
+            self._give_up(entry, detail, "token_unscored")
             return
         self.tokens_scored += max(0, end - entry.scored)
         entry.scored = max(entry.scored, end)
@@ -233,9 +242,8 @@ class Ledger:
             key = (score.detector, score.phase)
             best = entry.best.get(key)
             if not math.isfinite(score.value):
-                self._give_up(
-                    entry, f"{score.detector} at token {score.position} is {score.value}: the residual is not finite"
-                )
+                detail = f"{score.detector} at token {score.position} is {score.value}: the residual is not finite"
+                self._give_up(entry, detail, "not_finite")
             elif best is None or score.value > best.value:
                 entry.best[key] = score
                 changed = True
@@ -246,12 +254,12 @@ class Ledger:
         if changed:
             self._decide(entry)
 
-    def fail(self, sequence: str, reason: str, tokens: int = 0) -> None:
+    def fail(self, sequence: str, reason: str, tokens: int = 0, fault: Fault = "unscorable") -> None:
         """So many tokens of this sequence could not be scored in this step."""
         entry = self._running[sequence]
         self.tokens_missed += tokens
         entry.missed = max(entry.scored, entry.missed) + tokens
-        self._give_up(entry, reason)
+        self._give_up(entry, reason, fault)
 
     def steering(self, sequence: str) -> tuple[tuple[Finding, ...], tuple[Role, ...] | None]:
         """What a sequence is steered for, and whose tokens; nothing where it is not steered."""
@@ -294,15 +302,16 @@ class Ledger:
             phase=verdict.score.phase if verdict else None,
             detector=verdict.score.detector if verdict else None,
             unscorable=entry.unscorable,
+            fault=entry.fault,
             generation=entry.generation,
             steered_from=entry.steered_from,
             scores=tuple(finding.evidence() for finding in entry.findings().values()),
         )
 
-    def _give_up(self, entry: Sequence, reason: str) -> None:
+    def _give_up(self, entry: Sequence, reason: str, fault: Fault) -> None:
         if entry.unscorable is None:
-            entry.unscorable = reason
-            self.unscorable += 1
+            entry.unscorable, entry.fault = reason, fault
+            self.faults[fault] += 1
         self._decide(entry)
 
     def _decide(self, entry: Sequence) -> None:
@@ -313,19 +322,20 @@ class Ledger:
             entry.decision = decide(entry.policy, verdicts, entry.unscorable)
             self.decided[entry.decision.action] += 1
 
-    def _compile_policy(self, text: str | None) -> tuple[Policy, dict[ScoreKey, Limit], str | None]:
+    def _compile_policy(self, text: str | None) -> tuple[Policy, dict[ScoreKey, Limit], tuple[str, Fault] | None]:
         """A policy's text to a policy, what its scores are held against, and what is wrong with it."""
         try:
             policy = self._default if text is None else Policy.from_wire(text)
         except ConfigError as error:
             # It may have asked for `enforce`, and the default may be weaker.
-            return Policy(), {}, str(error)
+            return Policy(), {}, (str(error), "policy_invalid")
         if policy.steers and not self._steering:
-            return policy, {}, "its policy steers, and this engine was started without `undertow.steering`"
+            detail = "its policy steers, and this engine was started without `undertow.steering`"
+            return policy, {}, (detail, "policy_invalid")
         try:
             return policy, self._limits(policy), None
         except CalibrationError as error:
-            return policy, {}, str(error)
+            return policy, {}, (str(error), "rate_unsupported")
 
     def _limits(self, policy: Policy) -> dict[ScoreKey, Limit]:
         """Raises CalibrationError where the calibration cannot keep a rate, or has no such detector."""

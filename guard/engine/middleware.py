@@ -22,7 +22,7 @@ from guard.control import RELOAD_PATH, admin_token
 from guard.engine.channel import EvidenceClient
 from guard.engine.reload import ReloadEndpoint
 from guard.errors import EvidenceError
-from guard.evidence import REQUEST_HEADER, STATUS_PATH, STREAM_PREFIX, Evidence, Status, WorkerStatus
+from guard.evidence import REQUEST_HEADER, SILENT, STATUS_PATH, STREAM_PREFIX, Status, WorkerStatus
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,6 +35,8 @@ DONE = b"data: [DONE]"
 ENDS_A_CHOICE = b'"finish_reason":"'
 """In a chunk that ends a choice, and in no other: a text's own quotes are escaped."""
 STATUS_TIMEOUT_S = 5.0
+PING_TIMEOUT_S = 1.0
+"""How long the status waits for the evidence channel; it answers from a thread of its own, busy engine or not."""
 _UNAVAILABLE = {
     "error": {
         "message": "the guard's workers do not answer",
@@ -68,12 +70,23 @@ class EvidenceMiddleware:
     async def _status(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             workers = [answer["worker"] for answer in await self._ask_workers(scope)]
-            status = Status(workers=tuple(WorkerStatus.model_validate(worker) for worker in workers))
+            answers = await self._gives_evidence(scope)
+            status = Status(
+                workers=tuple(WorkerStatus.model_validate(worker) for worker in workers),
+                channel="answers" if answers else "silent",
+            )
             response = JSONResponse(status.model_dump(mode="json"))
         except Exception as error:  # noqa: BLE001  (whatever went wrong in the engine, the asker must hear of it)
             log.error("status: %s", error)
             response = JSONResponse({"error": f"the workers gave no status: {type(error).__name__}"}, status_code=503)
         await response(scope, receive, send)
+
+    async def _gives_evidence(self, scope: Scope) -> bool:
+        try:
+            client = await self._channel(scope)
+        except ValueError:  # there is not one rank that speaks for all
+            return False
+        return await client.answers(PING_TIMEOUT_S)
 
     async def _ask_workers(self, scope: Scope) -> list[dict[str, Any]]:
         engine = scope["app"].state.engine_client
@@ -127,24 +140,25 @@ class _Answer:
                 await self._comment(evidence)
             else:
                 if evidence is not None:
-                    MutableHeaders(raw=start["headers"])[REQUEST_HEADER] = evidence.to_json()
+                    MutableHeaders(raw=start["headers"])[REQUEST_HEADER] = evidence
                 await self._send(start)
         elif self._streams and _ends(message.get("body", b"")):
             await self._comment(await self._evidence())
         await self._send(message)
 
-    async def _evidence(self) -> Evidence | None:
-        """What the worker knows now. None leaves the answer without evidence, which its reader takes as a failure."""
+    async def _evidence(self) -> str | None:
+        """What the worker knows now, as it is sent. None: it knows no such request, and the answer goes without
+        evidence, which its reader takes as a failure."""
         try:
             evidence = await self._client.ask(self._key)
         except EvidenceError as error:
             log.error("no evidence for a request: %s", error)
-            return None
-        return evidence if evidence.records else None
+            return SILENT
+        return evidence.to_json() if evidence.records else None
 
-    async def _comment(self, evidence: Evidence | None) -> None:
+    async def _comment(self, evidence: str | None) -> None:
         if evidence is not None:
-            body = f"{STREAM_PREFIX}{evidence.to_json()}\n\n".encode()
+            body = f"{STREAM_PREFIX}{evidence}\n\n".encode()
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
 

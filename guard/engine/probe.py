@@ -114,7 +114,8 @@ class Probes:
             if runs - old_runs != 1 or seen - old_seen < rows:
                 raise UnscoredError(
                     f"{_place(station)}: its probe ran {runs - old_runs} times and saw {seen - old_seen} rows; "
-                    f"expected one run of at least {rows}"
+                    f"expected one run of at least {rows}",
+                    "probe_missed",
                 )
         gather = torch.ops.undertow.gather
         return Readings(

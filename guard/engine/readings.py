@@ -51,5 +51,5 @@ class Readings:
         """
         places = torch.searchsorted(self.decisions, rows)
         if bool((places == len(self.decisions)).any()) or not torch.equal(self.decisions[places], rows):
-            raise UnscoredError("a row that decides was not read in full")
+            raise UnscoredError("a row that decides was not read in full", "probe_missed")
         return self.features[places]

@@ -107,7 +107,8 @@ class RunnerV1(LoraHolder):
         batch = self._runner.input_batch
         if len(batch.req_ids) != len(step.num_scheduled_tokens) or set(batch.req_ids) != set(step.num_scheduled_tokens):
             raise UnscoredError(
-                f"the batch's {len(batch.req_ids)} sequences are not the {len(step.num_scheduled_tokens)} scheduled"
+                f"the batch's {len(batch.req_ids)} sequences are not the {len(step.num_scheduled_tokens)} scheduled",
+                "batch_mismatch",
             )
         counts = [step.num_scheduled_tokens[sequence] for sequence in batch.req_ids]
         starts = [0, *accumulate(counts)][:-1]

@@ -10,6 +10,7 @@ sample_tokens   sample, judge every sequence, put a token that ends it in the pl
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from guard.calibration import Calibration
 from guard.control import Wanted
 from guard.engine.adapters import shown
 from guard.engine.ahead import Ending
+from guard.engine.cached import stamp
 from guard.engine.candidate import Candidate, Surroundings, check_calibration
 from guard.engine.channel import EvidenceServer
 from guard.engine.guards import Guards, Seen
@@ -43,6 +45,7 @@ from guard.engine.support import check_steering, check_support
 from guard.engine.turns import Turns
 from guard.errors import CalibrationError, ConfigError, EngineError, UnscoredError
 from guard.evidence import POLICY_ARGUMENT, AdapterStatus, WorkerStatus
+from guard.faults import Fault
 from guard.roles import RoleMap
 from guard.scores import BankSpace
 from guard.version import VERSION
@@ -72,6 +75,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             check_steering(self.vllm_config, self._settings.policy)
         if self._settings.adapters and self.lora_config is None:
             raise ConfigError("--additional-config: `undertow.adapters`: this engine serves none: add --enable-lora")
+        stamp(self.vllm_config.additional_config)
         self._recorder: Recorder | None = None
         self._channel: EvidenceServer | None = None
         self._step: SchedulerOutput | None = None
@@ -168,7 +172,10 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
         self._admit(scheduler_output)
         if self._steering is not None:
             self._steering.expect(scheduler_output)
-        self._step, self._batch = scheduler_output, UnscoredError("the forward pass was not announced")
+        self._step, self._batch = (
+            scheduler_output,
+            UnscoredError("the forward pass was not announced", "batch_mismatch"),
+        )
         try:
             output = super().execute_model(scheduler_output)
         finally:
@@ -247,14 +254,14 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
     def _stops(self, seen: Seen | UnscoredError, sampled: Mapping[str, int] | None) -> Mapping[str, Stop]:
         """Which sequences end now. `sampled`: how many tokens were drawn; None: one for every decision."""
         if isinstance(seen, UnscoredError):
-            return self._guards.fail(self._unscored, str(seen))
+            return self._guards.fail(self._unscored, str(seen), seen.fault)
         if sampled is None:
             sampled = {rows.sequence: int(rows.samples) for rows in seen.batch}
         try:
             return self._guards.judge(seen, sampled, self._runner.where)
         except UnscoredError as error:
             log.critical("unscored step: %s", error)
-            return self._guards.fail({rows.sequence: rows.count for rows in seen.batch}, str(error))
+            return self._guards.fail({rows.sequence: rows.count for rows in seen.batch}, str(error), error.fault)
 
     def _settled(self, seen: Seen | UnscoredError, steering: Steering) -> dict[str, Stop]:
         """Judged before anything is sampled: what is steered is sampled from its second run."""
@@ -303,6 +310,7 @@ class GuardWorker(PlatformWorker):  # type: ignore[misc]
             steering=self._steering is not None,
             flagged=sum(ledger.decided["flag"] for ledger in ledgers),
             blocked=sum(ledger.decided["block"] for ledger in ledgers),
+            faults=dict(sum((ledger.faults for ledger in ledgers), Counter[Fault]())),
         )
         channel = None if self._channel is None else self._channel.address
         return json.dumps({"worker": status.model_dump(mode="json"), "channel": channel})

@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
             print("\n".join(_lines(worker)))
         for line in apart:
             print(f"the ranks differ in {line}")
+        if status.channel is not None:
+            print(f"engine\n  {'evidence channel':<18} {status.channel}")
         if ready is not None:
             print("server")
             for name, state in ready["checks"].items():
@@ -78,7 +80,8 @@ def _lines(worker: WorkerStatus) -> list[str]:
         "requests judged": f"{worker.requests_judged:,}",
         "coverage": _coverage(worker),
         "tokens": f"{worker.tokens_scored:,} scored, {worker.tokens_recalled:,} from the prefix cache",
-        "unscorable": f"{worker.unscorable:,} requests",
+        "unscorable": f"{worker.unscorable:,} requests"
+        + "".join(f", {count:,} {fault}" for fault, count in sorted(worker.faults.items())),
         "decided": f"{worker.flagged:,} flagged, {worker.blocked:,} blocked",
     }
     lines = [f"worker {worker.rank}", *(f"  {name:<18} {value}" for name, value in rows.items())]

@@ -151,7 +151,7 @@ def test_vllm_is_started_as_undertow_itself_starts_it(monkeypatch: pytest.Monkey
     )
     command = [option.replace("=", " ", 1) for option in SERVICES["vllm"]["command"]]
     pairs = [f"{option} {value}" for option, value in itertools.pairwise(ours) if option.startswith("--")]
-    for option in ("--worker-cls", "--middleware", "--compilation-config"):
+    for option in ("--worker-cls", "--scheduler-cls", "--middleware", "--compilation-config"):
         assert next(pair for pair in pairs if pair.startswith(option)) in command
     assert {option for option in ours if option.startswith("--no-")} <= set(command)
     config = next(option for option in command if option.startswith("--additional-config")).partition(" ")[2]

@@ -36,7 +36,7 @@ class FaultyWorker(GuardWorker):
             undo()
 
     def _break(self, fault: str, step: SchedulerOutput) -> Any:
-        layer: Any = decoder_layers(self._runner.model, self._bank)[LAYER]
+        layer: Any = decoder_layers(self._runner.model, self._guards.bank)[LAYER]
         decodes = not step.scheduled_new_reqs and step.total_num_scheduled_tokens == 1
         if fault == "hook" or (fault == "hook in the answer" and decodes):
             hooks = dict(layer._forward_hooks)
@@ -49,8 +49,8 @@ class FaultyWorker(GuardWorker):
             # Before the probe's own hook, so that the probe sees what the next layer will.
             handle = layer.register_forward_hook(_not_finite, prepend=True)
             return handle.remove
-        if fault == "forgotten" and self._shadow is not None:
-            self._shadow.forget()
+        if fault == "forgotten":
+            self._guards.forget()
         if fault == "channel" and self._channel is not None:
             self._channel.close()
         if fault == "killed in the answer" and decodes:

@@ -209,7 +209,8 @@ def test_a_score_that_is_not_finite_makes_the_sequence_unscorable(
     book.score(SEQUENCE, [a_score(value, "density" if detector == "density" else "exceedance")])
     assert record(book).action == "block"
     assert "token 3" in (record(book).unscorable or "")
-    assert book.unscorable == 1
+    assert record(book).fault == "not_finite"
+    assert (book.unscorable, book.faults) == (1, {"not_finite": 1})
 
 
 def test_a_sequence_that_is_admitted_again_while_it_runs_stays_what_it_was() -> None:
@@ -419,6 +420,7 @@ def test_a_token_that_was_passed_over_makes_the_sequence_unscorable_for_good(chu
     book = admitted()
     got = cover(book, *chunks)
     assert "were never scored here" in (got.unscorable or "")
+    assert got.fault == "token_unscored"
     assert got.action == "block"
     assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
     assert book.unscorable == 1
@@ -443,6 +445,7 @@ def test_a_policy_that_cannot_be_read_blocks_whatever_the_engines_own_says(
     assert record(book).action == "block"
     assert record(book).mode == "enforce"
     assert "not valid" in (record(book).unscorable or "")
+    assert record(book).fault == "policy_invalid"
     assert "canary" not in record(book).model_dump_json()
     assert book.stops([SEQUENCE]) == {SEQUENCE: STOP}
     book.score(SEQUENCE, [a_score(0.0)])
@@ -457,6 +460,7 @@ def test_a_rate_that_the_calibration_cannot_keep_is_unscorable_under_the_policy_
     book = admitted(policy(mode, fpr=0.001), default)
     assert (record(book).mode, record(book).action) == (mode, action)
     assert "0.001 cannot be kept with 99 held-out clean requests" in (record(book).unscorable or "")
+    assert record(book).fault == "rate_unsupported"
 
 
 def test_one_bad_policy_hurts_no_other_request() -> None:

@@ -21,6 +21,7 @@ from guard.engine.middleware import EvidenceMiddleware
 from guard.errors import ConfigError
 from guard.evidence import (
     REQUEST_HEADER,
+    SILENT,
     STATUS_PATH,
     STREAM_PREFIX,
     DetectorStatus,
@@ -237,14 +238,34 @@ async def test_a_worker_that_knows_nothing_leaves_the_response_without_evidence(
 
 
 @pytest.mark.parametrize("query", ["", "stream"])
-async def test_a_worker_that_does_not_answer_leaves_the_response_without_evidence(
+async def test_a_worker_that_does_not_answer_is_called_silent_in_the_place_of_evidence(
     build: Callable[..., Engine], query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("guard.engine.middleware.EvidenceClient", partial(EvidenceClient, timeout_s=0.05))
     engine = build()
     await engine.call(CHAT, headers=ASK)
     engine.channel.close()
-    assert await engine.call(CHAT, query, ASK) == await engine.call(CHAT, query, raw=True)
+    asked = await engine.call(CHAT, query, ASK)
+    if query:
+        silent = f"{STREAM_PREFIX}{SILENT}\n\n".encode()
+        # Where evidence stands: before the first chunk, before the one that ends a choice, and before the end.
+        assert bodies(asked) == [silent, *CHUNKS[:2], silent, *CHUNKS[2:4], silent, *CHUNKS[4:]]
+    else:
+        assert headers(asked)[REQUEST_HEADER] == SILENT
+        assert bodies(asked) == bodies(await engine.call(CHAT, query, raw=True))
+
+
+async def test_the_status_says_whether_the_worker_gives_evidence(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guard.engine.middleware.PING_TIMEOUT_S", 0.05)
+    engine = build()
+    for closed, told in ((False, "answers"), (True, "silent")):
+        if closed:
+            engine.channel.close()
+        answer = bodies(await engine.call(STATUS_PATH, method="GET"))[0]
+        assert Status.from_json(answer).channel == told
+        assert Status.from_json(answer).workers == (WORKER,)
 
 
 async def test_an_error_response_carries_what_is_known(build: Callable[..., Engine]) -> None:
@@ -331,6 +352,7 @@ async def test_the_status_names_every_worker(build: Callable[..., Engine]) -> No
     assert answer[0]["status"] == 200
     status = Status.from_json(b"".join(bodies(answer)))
     assert status.workers == (WORKER, WORKER.model_copy(update={"rank": 1}))
+    assert status.channel == "silent", "two ranks that would speak are none"
     assert b"ipc://" not in b"".join(bodies(answer))
 
 

@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from guard.evidence import (
     POLICY_ARGUMENT,
     REQUEST_HEADER,
+    SILENT,
     STATUS_PATH,
     STREAM_PREFIX,
     AdapterStatus,
@@ -48,7 +49,17 @@ PAYLOAD = "PAYLOAD"
 """The text of every token that must never reach a client."""
 
 EvidenceFault = Literal[
-    "missing", "invalid", "other_bank", "short", "unscored_prompt", "missing_record", "unscorable", "no_final", "mode"
+    "missing",
+    "silent",
+    "invalid",
+    "other_bank",
+    "short",
+    "unscored_prompt",
+    "missing_record",
+    "unscorable",
+    "not_finite",
+    "no_final",
+    "mode",
 ]
 
 
@@ -236,6 +247,8 @@ class Play:
         fault = self.script.fault
         if fault == "missing" or (fault == "no_final" and (final or finished)):
             return None
+        if fault == "silent":
+            return SILENT
         if fault == "invalid":
             return '{"version": 1, "fingerprint": 3}'
         records = tuple(
@@ -280,10 +293,16 @@ class Play:
             steered_from=PROMPT_TOKENS - 1 if action == "steer" else None,
             scores=(_score("prompt", at_prompt or flagged, self.script.nan), _score("completion", acted)),
         )
-        if fault == "unscorable" or not self.bank[0]:
+        if fault in ("unscorable", "not_finite") or not self.bank[0]:
+            named = "not_finite" if fault == "not_finite" else None if self.bank[0] else "no_guard"
             blocks = self.policy.mode == "enforce"
             return record.model_copy(
-                update={"unscorable": "speculative decoding", "action": "block" if blocks else "flag", "phase": None}
+                update={
+                    "unscorable": "speculative decoding",
+                    "fault": named,
+                    "action": "block" if blocks else "flag",
+                    "phase": None,
+                }
             )
         return record
 
@@ -445,6 +464,7 @@ def status(
         return tuple(DetectorStatus(detectors=group, supported_fpr=len(group) * rate) for group in groups)
 
     return Status(
+        channel="answers",
         workers=tuple(
             WorkerStatus(
                 rank=rank,
@@ -469,7 +489,7 @@ def status(
                 unscorable=0,
             )
             for rank in range(workers)
-        )
+        ),
     )
 
 

@@ -27,12 +27,14 @@ from .test_server_answers import CHAT, MESSAGES, TEXT, chat_body, events, text_b
 KIND_OF: dict[EvidenceFault, str] = {
     "missing": "evidence_missing",
     "no_final": "evidence_missing",
+    "silent": "channel_silent",
     "invalid": "evidence_invalid",
     "other_bank": "fingerprint",
     "short": "coverage",
     "unscored_prompt": "coverage",
     "missing_record": "coverage",
     "unscorable": "unscorable",
+    "not_finite": "not_finite",
     "mode": "policy",
 }
 ENFORCE_ONLY = {"mode"}

@@ -9,7 +9,8 @@ from typing import get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, FailureKind, UpstreamKind
+from guard.faults import FAULT_MEANINGS, Fault
+from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, ServerFailure, UpstreamKind
 from server.logs import JsonFormatter
 from server.metrics import (
     DECLARATIONS,
@@ -143,7 +144,9 @@ def test_the_document_is_up_to_date() -> None:
 def test_every_closed_set_holds_what_its_type_says() -> None:
     assert set(OUTCOMES) == set(get_args(Outcome))
     assert set(ENDPOINTS) == set(get_args(EndpointLabel))
-    assert set(FAILURE_KINDS) == set(get_args(FailureKind)) == FAILURE_MEANINGS.keys()
+    assert set(FAILURE_KINDS) == {*get_args(ServerFailure), *get_args(Fault)} == FAILURE_MEANINGS.keys()
+    assert len(FAILURE_KINDS) == len(set(FAILURE_KINDS))
+    assert set(get_args(Fault)) == FAULT_MEANINGS.keys()
     assert set(UPSTREAM_KINDS) == set(get_args(UpstreamKind))
 
 

@@ -27,7 +27,12 @@ def test_every_worker_and_every_check_is_told(
 ) -> None:
     code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url)
     assert code == 0
-    assert [line for line in out.splitlines() if not line.startswith(" ")] == ["worker 0", "worker 1", "server"]
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == [
+        "worker 0",
+        "worker 1",
+        "engine",
+        "server",
+    ]
     assert out.count(FINGERPRINT) == 2
     for told in (
         "layers             1 to 3",
@@ -40,6 +45,23 @@ def test_every_worker_and_every_check_is_told(
         ", scored, ",
     ):
         assert told in out
+    assert "evidence channel   answers" in out
+
+
+def test_what_could_not_be_scored_is_told_by_why(
+    alone: Proxy, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, host = played
+    before = engine.status
+    first, *others = before.workers
+    broken = first.model_copy(update={"unscorable": 3, "faults": {"probe_missed": 2, "not_finite": 1}})
+    engine.status = before.model_copy(update={"workers": (broken, *others), "channel": "silent"})
+    try:
+        _, out, _ = status(capsys, "--engine", host.url, "--server", alone.url)
+    finally:
+        engine.status = before
+    assert "unscorable         3 requests, 1 not_finite, 2 probe_missed" in out
+    assert "evidence channel   silent" in out
 
 
 def test_coverage_is_of_all_tokens_seen_and_never_rounded_up(
