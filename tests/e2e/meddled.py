@@ -29,8 +29,8 @@ class MeddledWorker(GuardWorker):
             return {key: Limit(-1e9, limit.ranks) for key, limit in limits(this, policy).items()}
 
         mock.patch.object(Ledger, "_limits", lowest).start()
-        assert self._judge is not None
-        self._judge.ledger._compile.cache_clear()
+        for ledger in self._guards.ledgers():
+            ledger._compile.cache_clear()
 
     def lose_a_hook(self) -> None:
         """As if its graph had never had it."""
