@@ -13,6 +13,7 @@ Fault = Literal[
     "batch_mismatch",
     "token_unscored",
     "not_finite",
+    "not_steered",
     "no_guard",
     "policy_invalid",
     "rate_unsupported",
@@ -27,6 +28,7 @@ FAULT_MEANINGS: Mapping[Fault, str] = {
     "batch_mismatch": "The rows that were computed are not those that were scheduled: nobody can say whose they are.",
     "token_unscored": "The KV of a token was taken from somewhere, and no score of it is known here.",
     "not_finite": "A score is NaN or infinite: the residual stream is.",
+    "not_steered": "A row was not steered that should have been, or steered KV was read across requests.",
     "no_guard": "The request's model, or LoRA adapter, has no bank or no calibration in this engine, or other weights "
     "than its bank's.",
     "policy_invalid": "The engine cannot read the policy that came with the request, or was not started for what "

@@ -64,11 +64,15 @@ class RunnerV2(LoraHolder):
         """
         scheduled = step.num_scheduled_tokens
         if self._step is not step:
-            raise UnscoredError("the runner did not put this step's batch together where it is watched")
+            raise UnscoredError(
+                "the runner did not put this step's batch together where it is watched", "batch_mismatch"
+            )
         batch: Any = self._batch
         counts = batch.num_scheduled_tokens.tolist()
         if dict(zip(batch.req_ids, counts, strict=True)) != scheduled:
-            raise UnscoredError(f"the batch's {len(batch.req_ids)} sequences are not the {len(scheduled)} scheduled")
+            raise UnscoredError(
+                f"the batch's {len(batch.req_ids)} sequences are not the {len(scheduled)} scheduled", "batch_mismatch"
+            )
         starts = batch.query_start_loc_np[: len(counts)].tolist()
         # Only these inputs know what was sampled ahead of the scheduler.
         tokens = batch.input_ids[starts].tolist()

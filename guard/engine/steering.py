@@ -66,7 +66,7 @@ class Steering:
         Sequences that are steered along the old ones do not go on: half of their KV would be of each."""
         self._projection.replace(bank)
         self._courses.rename(_names(bank))
-        judge.fail(self._courses.names, "the bank was changed while it was steered")
+        judge.fail(self._courses.names, "the bank was changed while it was steered", fault="not_steered")
 
     def expect(self, step: SchedulerOutput) -> None:
         """A step begins."""
@@ -81,15 +81,16 @@ class Steering:
             if self._taint is not None and self._courses:
                 self._taint.distrust()
             return {}
-        stops = judge.fail(*self._unsteered(seen.batch))
+        stops = judge.fail(*self._unsteered(seen.batch), fault="not_steered")
         begun = [rows for rows in seen.batch if self._turn(rows, judge)]
         plan = list(self._courses.plan(begun))
         if sum(len(part.rows) for part in plan):
             try:
                 self._again(plan, lambda: self._runner.again(self._changed(begun)))
             except UnscoredError as error:
-                stops |= judge.fail([rows.sequence for rows in begun], str(error))
-        return stops | judge.fail(self._mixed(seen.batch, step), "KV computed under steering was read across requests")
+                stops |= judge.fail([rows.sequence for rows in begun], str(error), fault="not_steered")
+        mixed = "KV computed under steering was read across requests"
+        return stops | judge.fail(self._mixed(seen.batch, step), mixed, fault="not_steered")
 
     def _turn(self, rows: Rows, judge: Judge) -> bool:
         findings, roles = judge.ledger.steering(rows.sequence)

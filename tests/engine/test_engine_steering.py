@@ -17,6 +17,7 @@ from guard.engine.steering import Steering
 from guard.engine.stop import Stop
 from guard.engine.turns import Turns
 from guard.errors import EngineError, UnscoredError
+from guard.faults import Fault
 from guard.verdict import Score, Verdict
 from tests.guard.planted import ROLE_MAP
 
@@ -84,7 +85,8 @@ class Judge:
             steering=lambda sequence: (self.findings.get(sequence, ()), None), steered=self.begun.__setitem__
         )
 
-    def fail(self, sequences: Iterable[str], reason: str) -> dict[str, Stop]:
+    def fail(self, sequences: Iterable[str], reason: str, fault: Fault = "unscorable") -> dict[str, Stop]:
+        assert fault == "not_steered"
         names = list(sequences)
         self.failed |= dict.fromkeys(names, reason)
         return {name: Stop(0, 7) for name in names}

@@ -147,6 +147,19 @@ def test_a_score_that_is_not_a_number_can_be_read_and_counted(engine: FakeEngine
     assert "Inf\n" not in enforce.get("/metrics").text.replace('le="+Inf"', "")
 
 
+@pytest.mark.parametrize("fault", ["unscorable", "not_finite"])
+@pytest.mark.parametrize("script", [{"status": 500}, {"error_in_stream": True}], ids=["full", "stream"])
+def test_an_error_of_the_engine_does_not_hide_that_it_could_not_score(
+    engine: FakeEngine, enforce: Proxy, fault: EvidenceFault, script: dict[str, Any]
+) -> None:
+    """The worker ends what it could not score, and a grammar may make an error of that."""
+    before = enforce.sample("undertow_guard_failures_total", kind=fault, mode="enforce")
+    engine.script = Script(fault=fault, **script)
+    answer = enforce.post(CHAT, chat_body(stream="status" not in script))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guard_unavailable")
+    assert enforce.sample("undertow_guard_failures_total", kind=fault, mode="enforce") == before + 1
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_of_the_engine_passes_as_it_is(engine: FakeEngine, enforce: Proxy, stream: bool) -> None:
     before = enforce.sample("undertow_eligible_total", endpoint="chat_completions")
