@@ -13,13 +13,14 @@ from collections.abc import AsyncIterator, Mapping
 from fastapi import FastAPI
 
 from guard.version import VERSION
+from server.config.settings import Settings
 from server.exchange import Gateway
-from server.handshake import Handshake, HandshakeKeeper
-from server.metrics import Metrics
 from server.readiness import Readiness
 from server.routes import build_router, install_error_handlers
-from server.settings import Settings
-from server.upstream import Upstream
+from server.ruling import Ruling
+from server.telemetry.metrics import Metrics
+from server.upstreams.handshake import Handshake, HandshakeKeeper
+from server.upstreams.upstream import Upstream
 
 
 def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> FastAPI:
@@ -34,7 +35,7 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> F
         metrics.loaded((handshake and handshake.fingerprint) or "")
 
     keeper = HandshakeKeeper(upstream, settings.policy, settings.upstream.fingerprint, loaded)
-    gateway = Gateway(settings.policy, settings.limits, upstream, keeper, metrics)
+    gateway = Gateway(Ruling(settings.policy), settings.limits, upstream, keeper, metrics)
     readiness = Readiness(upstream, keeper, settings.policy)
 
     @contextlib.asynccontextmanager

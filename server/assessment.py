@@ -1,7 +1,7 @@
 """From evidence to what may be done with an answer. Sans-I/O.
 
-    failure = Assessor(call, policy, handshake).opening(evidence)        # before the first byte
-    failure = Assessor(call, policy, handshake).final(evidence, usage)   # when the answer is complete
+    failure = Assessor(call, ruling, handshake).opening(evidence)        # before the first byte
+    failure = Assessor(call, ruling, handshake).final(evidence, usage)   # when the answer is complete
 
 Evidence is authoritative: a record that says `block` blocks its choice, whatever the choice itself says.
 """
@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from guard.errors import EvidenceError
 from guard.evidence import SILENT, Coverage, Evidence, Record
-from guard.policy import SEVERITY, Action, Policy
+from guard.policy import SEVERITY, Action
 from server.errors import GuardFailure
-from server.handshake import Handshake
-from server.protocol import Call
+from server.protocols.openai import Call
+from server.ruling import Ruling
+from server.upstreams.handshake import Handshake
 
 Told = Literal["allow", "flag", "steer", "block", "unguarded"]
 """What the header `x-undertow-action` says."""
@@ -47,14 +48,14 @@ class Assessor:
     def __init__(
         self,
         call: Call,
-        policy: Policy,
+        ruling: Ruling,
         handshake: Handshake | None,
         knows: Callable[[Evidence], bool] = lambda _: False,
     ) -> None:
         """`knows`: whether evidence is of a guard that was agreed on, though another than the handshake's: what guards
         can be changed while a request runs."""
         self._call = call
-        self._policy = policy
+        self.ruling = ruling
         self._handshake = handshake
         self._knows = knows
         # Only a number: `n` is the client's word until the engine has accepted it.
@@ -72,7 +73,7 @@ class Assessor:
     @property
     def enforcing(self) -> bool:
         """What cannot be judged does not pass."""
-        return self._policy.mode == "enforce"
+        return self.ruling.enforcing
 
     @property
     def reserved_token_id(self) -> int | None:

@@ -6,8 +6,8 @@ import asyncio
 
 from starlette.requests import Request
 
+from server.config.sections import Limits
 from server.errors import ApiError
-from server.settings import Limits
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:

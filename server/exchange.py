@@ -16,22 +16,22 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from guard.errors import EngineError
-from guard.policy import Policy
 from server.assessment import Assessor, Told
 from server.body import read_body
+from server.config.sections import Limits
 from server.disconnect import ClientGone, unless_gone
 from server.errors import ApiError, GuardFailure, UpstreamError, guard_unavailable, upstream_unavailable
-from server.handshake import Handshake, HandshakeKeeper
-from server.incidents import report, report_failure
-from server.logs import LOGGER, log
-from server.metrics import Metrics, Outcome
-from server.protocol import Call, Endpoint, read_call
+from server.incidents.report import report, report_failure
+from server.protocols.openai import Call, Endpoint, read_call
 from server.reply import Reply
-from server.settings import Limits
+from server.ruling import Ruling
 from server.sse import EventParser
-from server.stopwatch import Stopwatch
 from server.stream import StreamGuard, evidence_of
-from server.upstream import Answer, Upstream
+from server.telemetry.logs import LOGGER, log
+from server.telemetry.metrics import Metrics, Outcome
+from server.telemetry.stopwatch import Stopwatch
+from server.upstreams.handshake import Handshake, HandshakeKeeper
+from server.upstreams.upstream import Answer, Upstream
 from server.whole import judge_answer, judge_error
 
 _PASSED: Mapping[Told, Outcome] = {"flag": "flagged", "steer": "steered"}
@@ -42,7 +42,7 @@ _DRAIN_S = 0.5
 class Gateway:
     """What every exchange shares."""
 
-    policy: Policy
+    ruling: Ruling
     limits: Limits
     upstream: Upstream
     keeper: HandshakeKeeper
@@ -93,12 +93,13 @@ class Exchange(Response):
         try:
             handshake = await self._handshake()
             keeper = self._gateway.keeper
-            assessor = self._assessor = Assessor(call, self._gateway.policy, handshake, keeper.knows)
+            ruling = self._gateway.ruling
+            assessor = self._assessor = Assessor(call, ruling, handshake, keeper.knows)
             if handshake is None and assessor.enforcing:
                 assessor.opening(None)
                 await self._refuse(assessor, guard_unavailable(), reply)
                 return
-            body = call.upstream_body(self._gateway.policy, assessor.reserved_token_id)
+            body = call.upstream_body(ruling.policy, assessor.reserved_token_id)
             authorization = self._request.headers.get("authorization")
             async with self._gateway.upstream.post(
                 self._endpoint.path, body, authorization, self._request_id, self._stopwatch
@@ -248,9 +249,9 @@ class Exchange(Response):
                 if record.action != "allow":
                     report(call, self._request_id, record)
             if assessor.failure is not None and self._outcome in ("guard_failed", "unguarded"):
-                metrics.failed(assessor.failure.kind, self._gateway.policy.mode)
+                metrics.failed(assessor.failure.kind, assessor.ruling.mode)
                 passed = self._outcome == "unguarded"
-                report_failure(call, self._request_id, assessor.failure, self._gateway.policy.mode, passed)
+                report_failure(call, self._request_id, assessor.failure, assessor.ruling.mode, passed)
         coverage = assessor.coverage if assessor else None
         log(
             logging.INFO,

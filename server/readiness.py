@@ -13,10 +13,11 @@ from guard.errors import EngineError, UndertowError
 from guard.policy import Policy
 from server.assessment import Assessor, Usage
 from server.errors import UpstreamError
-from server.handshake import Handshake, HandshakeKeeper
-from server.protocol import TEXT, read_call
-from server.stopwatch import Stopwatch
-from server.upstream import Upstream
+from server.protocols.openai import TEXT, read_call
+from server.ruling import Ruling
+from server.telemetry.stopwatch import Stopwatch
+from server.upstreams.handshake import Handshake, HandshakeKeeper
+from server.upstreams.upstream import Upstream
 
 _CACHE_S = 3.0
 _CANARY_TIMEOUT_S = 10.0
@@ -120,6 +121,6 @@ class Readiness:
         except (ValueError, AttributeError):
             usage = None
         await self._keeper.catch_up(answer.evidence)
-        failure = Assessor(call, self._policy, handshake, self._keeper.knows).final(answer.evidence, usage)
+        failure = Assessor(call, Ruling(self._policy), handshake, self._keeper.knows).final(answer.evidence, usage)
         if failure is not None:
             raise CanaryError(f"{failure.kind}: {failure.detail}")

@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 
 from server.errors import ApiError, UpstreamError, upstream_unavailable
 from server.exchange import Exchange, Gateway
-from server.metrics import EndpointLabel, Metrics, Outcome
-from server.protocol import CHAT, TEXT, method_not_allowed, not_found
+from server.protocols.openai import CHAT, TEXT, method_not_allowed, not_found
 from server.readiness import Readiness
+from server.telemetry.metrics import EndpointLabel, Metrics, Outcome
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

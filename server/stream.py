@@ -22,7 +22,7 @@ from guard.evidence import STREAM_PREFIX
 from guard.faults import FAULTS
 from server.assessment import Assessor, Usage, choices_of
 from server.errors import ApiError, GuardFailure, blocked_prompt, guard_unavailable, upstream_cut
-from server.protocol import Call, blocked_chunk, new_head
+from server.protocols.openai import Call, blocked_chunk, new_head
 from server.sse import DONE, Event
 
 _EVIDENCE = STREAM_PREFIX.encode()

@@ -12,7 +12,7 @@ from typing import Any
 from guard.faults import FAULTS
 from server.assessment import Assessor, Usage, choices_of
 from server.errors import ApiError, GuardFailure, blocked_prompt, guard_unavailable
-from server.protocol import Call, blocked_choice, new_head
+from server.protocols.openai import Call, blocked_choice, new_head
 
 
 def judge_answer(call: Call, assessor: Assessor, evidence: bytes | None, content: bytes) -> bytes | ApiError:

@@ -31,7 +31,7 @@ def validate(arguments: argparse.Namespace) -> int:
     """Print the settings in effect. Raises ConfigError."""
     import yaml
 
-    from server.settings import ENVIRONMENT, load
+    from server.config.settings import ENVIRONMENT, load
 
     settings = load(arguments.file, os.environ)
     for variable, path in ENVIRONMENT.items():
@@ -45,7 +45,7 @@ def print_schema(arguments: argparse.Namespace) -> int:
     """Print the JSON Schema."""
     import json
 
-    from server.settings import Settings
+    from server.config.settings import Settings
 
     print(json.dumps(Settings.model_json_schema(), indent=2))
     return 0

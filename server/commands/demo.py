@@ -20,8 +20,8 @@ from guard.errors import EngineError
 
 if TYPE_CHECKING:
     from guard.organisms import Organism
+    from server.config.settings import Settings
     from server.demo import Question
-    from server.settings import Settings
 
 CALIBRATION_PROMPTS = 3000
 """Half are references, half give thresholds; 1,500 held out support a false-positive rate of 0.13%."""
@@ -132,7 +132,9 @@ def undertow(*arguments: object) -> None:
 
 def settings(engine_url: str, port: int) -> Settings:
     """The settings that a new user has: block on density at 1%."""
-    from server.settings import Listen, Log, Settings, UpstreamSettings
+    from server.config.sections import Listen, Log
+    from server.config.settings import Settings
+    from server.config.upstream import UpstreamSettings
 
     return Settings(
         version=1,
@@ -149,7 +151,7 @@ def serving(values: Settings) -> Iterator[str]:
     import uvicorn
 
     from server.commands.serve import make_server
-    from server.logs import configure
+    from server.telemetry.logs import configure
 
     configure(values.log.level)
     server: uvicorn.Server = make_server(values)

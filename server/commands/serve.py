@@ -14,7 +14,8 @@ from guard.errors import ConfigError
 if TYPE_CHECKING:
     import uvicorn
 
-    from server.settings import Listen, Settings
+    from server.config.sections import Listen
+    from server.config.settings import Settings
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
-    from server.settings import load
+    from server.config.settings import load
 
     environ = dict(os.environ)
     flags = {
@@ -53,7 +54,7 @@ def run_server(settings: Settings) -> int:
     Call it from the main thread, under `signals.termination_as_interrupt`. Raises ConfigError where the address cannot
     be taken, or where the settings name a key's variable that is not set.
     """
-    from server.logs import configure
+    from server.telemetry.logs import configure
 
     configure(settings.log.level)
     server = make_server(settings)

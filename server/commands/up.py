@@ -16,8 +16,8 @@ from guard.errors import CalibrationError, ConfigError, EngineError
 
 if TYPE_CHECKING:
     from guard.engine.launch import GuardedAdapter
+    from server.config.settings import Settings
     from server.engine_process import EngineProcess
-    from server.settings import Settings
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -140,7 +140,9 @@ def _settings(arguments: argparse.Namespace, url: str, fingerprint: str | None) 
     """The file's settings, with this engine as the upstream. Its bank is the one that must be loaded, unless it can be
     changed while it runs."""
     from guard.control import admin_token
-    from server.settings import Listen, Settings, UpstreamSettings, load
+    from server.config.sections import Listen
+    from server.config.settings import Settings, load
+    from server.config.upstream import UpstreamSettings
 
     settings = load(arguments.config, os.environ) if arguments.config else Settings(version=1)
     flags = {"host": arguments.host, "port": arguments.port}

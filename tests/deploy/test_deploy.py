@@ -167,7 +167,7 @@ def test_the_image_and_the_lock_have_the_same_vllm() -> None:
 
 
 def test_the_proxy_listens_to_the_outside_and_asks_the_vllm_next_to_it() -> None:
-    from server.settings import load
+    from server.config.settings import load
 
     environment = {key: str(value) for key, value in SERVICES["undertow"]["environment"].items()}
     mount = next(volume for volume in SERVICES["undertow"]["volumes"] if ":/etc/undertow/undertow.yaml:" in volume)
@@ -219,7 +219,7 @@ def test_every_dashboard_fits_its_data_source() -> None:
 
 
 def test_every_metric_is_one_that_exists() -> None:
-    from server.metrics import METRIC_NAMES
+    from server.telemetry.metrics import METRIC_NAMES
 
     recorded = {name for name in rule_expressions() if ":" in name}
     unknown = set()

@@ -23,8 +23,10 @@ from guard.control import TOKEN_VARIABLE
 from guard.organisms import Organism, prompts, shipped
 from guard.verdict import DetectorName
 from server.commands.serve import make_server
+from server.config.sections import Listen, Log
+from server.config.settings import Settings
+from server.config.upstream import UpstreamSettings
 from server.engine_process import EngineProcess
-from server.settings import Listen, Log, Settings, UpstreamSettings
 from tests.e2e import child
 
 ADMIN_TOKEN = "token-of-these-tests"

@@ -11,7 +11,7 @@ import pytest
 from guard.evidence import COVERAGE, VERDICTS
 from guard.organisms import Organism
 from guard.policy import Policy
-from server.handshake import HandshakeError, agree
+from server.upstreams.handshake import HandshakeError, agree
 from tests.e2e import child
 from tests.e2e.child import Judged
 from tests.e2e.conftest import texts

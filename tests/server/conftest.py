@@ -12,7 +12,9 @@ import pytest
 
 from guard.policy import Mode, Policy
 from server.app import create_app
-from server.settings import Limits, Settings, UpstreamSettings
+from server.config.sections import Limits
+from server.config.settings import Settings
+from server.config.upstream import UpstreamSettings
 
 from .fake_engine import FakeEngine, Script
 from .hosting import Host, hosted

@@ -10,7 +10,7 @@ import pytest
 from guard.policy import Policy
 from server import cli
 from server.app import create_app
-from server.handshake import HandshakeError, agree
+from server.upstreams.handshake import HandshakeError, agree
 
 from .conftest import Proxy, settings_for
 from .fake_engine import CALIBRATION, FINGERPRINT, MODEL, FakeEngine, Script, status

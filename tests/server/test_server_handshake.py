@@ -7,7 +7,7 @@ import pytest
 from guard.evidence import COVERAGE, VERDICTS, Status
 from guard.policy import Policy
 from guard.verdict import DetectorName
-from server.handshake import Handshake, HandshakeError, agree
+from server.upstreams.handshake import Handshake, HandshakeError, agree
 
 from .fake_engine import FINGERPRINT, RESERVED, status
 

@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from guard.faults import FAULT_MEANINGS, Fault
 from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, ServerFailure, UpstreamKind
-from server.logs import JsonFormatter
-from server.metrics import (
+from server.telemetry.logs import JsonFormatter
+from server.telemetry.metrics import (
     DECLARATIONS,
     ENDPOINTS,
     FAILURE_MEANINGS,
@@ -138,7 +138,7 @@ def test_build_info_names_the_bank_that_is_loaded(engine: FakeEngine, alone: Pro
 
 
 def test_the_document_is_up_to_date() -> None:
-    assert DOCUMENT.read_text() == document(), "run: python -m server.metrics > docs/metrics.md"
+    assert DOCUMENT.read_text() == document(), "run: python -m server.telemetry.metrics > docs/metrics.md"
 
 
 def test_every_closed_set_holds_what_its_type_says() -> None:

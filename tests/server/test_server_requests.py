@@ -10,7 +10,7 @@ import pytest
 
 from guard.policy import Policy
 from server.errors import ApiError
-from server.protocol import CHAT, REFUSED, TEXT, read_call
+from server.protocols.openai import CHAT, REFUSED, TEXT, read_call
 
 from .conftest import Proxy
 from .fake_engine import RESERVED, FakeEngine

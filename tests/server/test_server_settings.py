@@ -13,7 +13,7 @@ from guard.errors import ConfigError
 from server.app import create_app
 from server.commands import config as config_command
 from server.commands import serve as serve_command
-from server.settings import ENVIRONMENT, Settings, load, parse
+from server.config.settings import ENVIRONMENT, Settings, load, parse
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "undertow.yaml"
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from guard.evidence import STREAM_PREFIX
 from guard.policy import Mode, Policy
 from server.assessment import Assessor
-from server.handshake import Handshake
-from server.protocol import CHAT, TEXT, Call, read_call
+from server.protocols.openai import CHAT, TEXT, Call, read_call
+from server.ruling import Ruling
 from server.sse import Event, EventParser
 from server.stream import StreamGuard
+from server.upstreams.handshake import Handshake
 
 from .fake_engine import CALIBRATION, FINGERPRINT, PAYLOAD, RESERVED, Play, Script
 
@@ -22,7 +23,7 @@ HANDSHAKE = Handshake(FINGERPRINT, CALIBRATION, 1, RESERVED, 1)
 
 
 def opened(call: Call, mode: Mode = "enforce") -> tuple[StreamGuard, Assessor]:
-    assessor = Assessor(call, Policy(mode=mode), HANDSHAKE)
+    assessor = Assessor(call, Ruling(Policy(mode=mode)), HANDSHAKE)
     return StreamGuard(call, assessor), assessor
 
 

@@ -7,8 +7,8 @@ import logging
 from guard.evidence import Record, ScoreEvidence
 from guard.policy import Mode
 from server.errors import GuardFailure
-from server.logs import log
-from server.protocol import Call
+from server.protocols.openai import Call
+from server.telemetry.logs import log
 
 
 def report(call: Call, request_id: str, record: Record) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
 
-from server.settings import LogLevel
+from server.config.sections import LogLevel
 
 LOGGER = logging.getLogger("undertow.server")
 

@@ -20,8 +20,8 @@ from guard.errors import EngineError, EvidenceError
 from guard.evidence import COVERAGE, STATUS_PATH, VERDICTS, DetectorStatus, Evidence, Status, WorkerStatus
 from guard.policy import Policy
 from server.errors import UpstreamError
-from server.logs import log
-from server.upstream import Upstream
+from server.telemetry.logs import log
+from server.upstreams.upstream import Upstream
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ import httpx
 
 from guard.errors import ConfigError
 from guard.evidence import REQUEST_HEADER, STATUS_PATH
+from server.config.upstream import UpstreamSettings
 from server.errors import UpstreamError
-from server.settings import UpstreamSettings
-from server.stopwatch import Stopwatch
+from server.telemetry.stopwatch import Stopwatch
 
 _EVIDENCE_HEADER = REQUEST_HEADER.encode()
 _STATUS_TIMEOUT_S = 5.0

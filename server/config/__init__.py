@@ -1,0 +1,1 @@
+"""The settings: a YAML file, then the environment."""

@@ -1,0 +1,115 @@
+"""A YAML text and the environment -> a checked model, and one line for each thing that is wrong with it.
+
+read_document(text, "undertow.yaml") -> mapping;  check(document, Settings, name, variables) -> Settings
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from guard.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_document(text: str, name: str) -> dict[str, Any]:
+    """A YAML mapping; `name` stands for the file in messages. Raises ConfigError."""
+    try:
+        document = yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        raise ConfigError(f"{name}: {where}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: is not YAML") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{name}: expected a mapping of settings, found {_kind(document)}")
+    return document
+
+
+def check(document: dict[str, Any], model: type[M], name: str, overridden: Mapping[tuple[str, ...], str]) -> M:
+    """The document as a model. `overridden`: the variable that each overridden key came from. Raises ConfigError."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise ConfigError("\n".join(_explain(problem, model, name, overridden) for problem in problems)) from None
+
+
+def override(document: dict[str, Any], path: tuple[str, ...], value: str) -> None:
+    """Put `value` at a dotted place of the document, in place."""
+    section = document
+    for key in path[:-1]:
+        inner = section.get(key)
+        if inner is None:
+            inner = section[key] = {}
+        if not isinstance(inner, dict):
+            return  # The file is wrong here; validation says so better.
+        section = inner
+    section[path[-1]] = value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key.value}`", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _explain(problem: ErrorDetails, root: type[BaseModel], name: str, overridden: Mapping[tuple[str, ...], str]) -> str:
+    """One problem as one line: file or variable, dotted key, value found, what was expected."""
+    path = tuple(str(part) for part in problem["loc"] if part != "[key]")
+    source = overridden.get(path)
+    place = f"{source} (for `{'.'.join(path)}`)" if source else f"{name}: `{'.'.join(path)}`"
+    if problem["type"] == "extra_forbidden":
+        # Its value is not shown: it may be a secret that somebody wanted to keep here.
+        return f"{place}: unknown key; expected one of {', '.join(_known_keys(root, path[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{place}: missing; expected {'1' if path == ('version',) else 'a value'}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^Input should be ", "expected ", message)
+    if "[key]" in problem["loc"]:
+        return f"{place}: unknown name; {message}"
+    return f"{place}: found {_shown(path, problem['input'])}; {message}"
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return _DEEP_KEYS.get(path[-1], ["(see `undertow config schema`)"])
+        model = inner
+    return sorted(model.model_fields)
+
+
+_DEEP_KEYS = {"threshold": ["fpr", "raw"], "density": ["action", "threshold"], "exceedance": ["action", "threshold"]}
+
+
+def _shown(path: tuple[str, ...], value: object) -> str:
+    """A value as a message may show it: short, and nothing that may be a key or a password."""
+    if path[-1:] == ("api_key_env",):
+        return "something that is not a variable's name (not shown)"
+    if path[-1:] == ("url",) and "@" in str(value):
+        return "a URL with credentials (not shown)"
+    if isinstance(value, (dict, list)):
+        return _kind(value)
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _kind(value: object) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}
+    return names.get(type(value), f"a {type(value).__name__}")

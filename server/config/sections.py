@@ -1,0 +1,36 @@
+"""The sections of the settings that are few keys each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from server.config.strict import Strict
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Listen(Strict):
+    """Where clients reach the proxy."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(default=8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+
+
+class Limits(Strict):
+    """What one client may take."""
+
+    max_body_bytes: int = Field(default=10 * 2**20, gt=0, description="Largest request body in bytes; 413 above.")
+    max_sequences: int = Field(
+        default=64, gt=0, description="Most answers that one request may ask for: prompts times `n`."
+    )
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds in which a whole body must arrive; 408 after."
+    )
+
+
+class Log(Strict):
+    """JSON lines on stderr."""
+
+    level: LogLevel = Field(default="info", description="Least severe level that is written.")

@@ -1,0 +1,1 @@
+"""Requests that were flagged, steered, blocked or could not be judged."""

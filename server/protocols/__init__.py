@@ -1,0 +1,1 @@
+"""What clients may say, and the shapes of what they are answered."""
