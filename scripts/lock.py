@@ -47,6 +47,9 @@ BUILD_HEADER = """\
 # What builds the project's own wheel in docker/server.Dockerfile. Written by `make lock` from build.in: do not edit.
 """
 
+# What the server can do besides, in every environment: its image is one.
+EXTRAS = ("--extra=postgres", "--extra=tracing")
+
 # The marker that says no more than "environments" in pyproject.toml; on every line it would only be noise.
 EVERYWHERE = " ; (platform_machine == 'aarch64' or platform_machine == 'x86_64') and sys_platform == 'linux'"
 
@@ -100,6 +103,7 @@ def main() -> int:
     cpu = resolve(
         uv,
         ["pyproject.toml", "requirements/cpu.in"],
+        *EXTRAS,
         "--extra=weights",
         "--override=requirements/cpu-overrides.txt",
         prefer=locked("cpu.lock"),
@@ -107,7 +111,7 @@ def main() -> int:
     # torch comes first: where pip cannot find it, the set-up learns so at once.
     write("cpu.lock", CPU_HEADER, torch + cpu)
 
-    cuda = resolve(uv, ["pyproject.toml", "requirements/cuda.in"], "--extra=weights", prefer=locked("cuda.lock") or cpu)
+    cuda = resolve(uv, ["pyproject.toml", "requirements/cuda.in"], *EXTRAS, "--extra=weights", prefer=locked("cuda.lock") or cpu)
     write("cuda.lock", CUDA_HEADER, cuda)
     write("triton.lock", TRITON_HEADER, entry("triton", cuda))
 
@@ -118,7 +122,7 @@ def main() -> int:
         constrain = f"--constraint={constraints.name}"
         leave_out = [f"--no-emit-package={name}" for name in sorted(shared)]
         dev = resolve(uv, ["requirements/dev.in"], constrain, *leave_out, prefer=locked("dev.lock"))
-        server = resolve(uv, ["pyproject.toml"], constrain)
+        server = resolve(uv, ["pyproject.toml"], *EXTRAS, constrain)
         build = resolve(uv, ["requirements/build.in"], constrain)
     if overlap := pins(dev).keys() & (pins(cpu).keys() | pins(cuda).keys()):
         # One package, two versions: name it in cpu.in and cuda.in, so that both decide for the same one.
