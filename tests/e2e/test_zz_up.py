@@ -28,27 +28,36 @@ def test_one_command_starts_both_and_one_interrupt_ends_both(
     with (workshop / "up.out").open("wb") as output:
         up = subprocess.Popen([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT)
     try:
-        wait_for(f"http://127.0.0.1:{port}/readyz", up)
+        wait_for(f"http://127.0.0.1:{port}/readyz", up, output=workshop / "up.out")
         body = {"model": "backdoored", "messages": [{"role": "user", "content": texts("triggered", 1, 12)[0]}]}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
         assert '"content_filter"' in answer.text
         up.send_signal(signal.SIGINT)
         assert up.wait(timeout=60) == 0
     finally:
-        up.kill()
+        # A group would be simpler to end, but then nobody would see whether `up` itself leaves its engine behind.
+        up.terminate()
+        try:
+            up.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            up.kill()
+            up.wait()
     for url in (f"http://127.0.0.1:{port}/healthz", f"http://127.0.0.1:{vllm_port}/health"):
         with pytest.raises(httpx.ConnectError):
             httpx.get(url)
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], output: Path, timeout_s: float = 180) -> None:
+    last = "nobody listened"
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        assert process.poll() is None, "it ended"
+        assert process.poll() is None, f"it ended: {output.read_text()[-2000:]}"
         try:
-            if httpx.get(url, timeout=20).is_success:
+            answer = httpx.get(url, timeout=20)
+            if answer.is_success:
                 return
-        except httpx.TransportError:
-            pass
+            last = answer.text
+        except httpx.TransportError as error:
+            last = repr(error)
         time.sleep(0.5)
-    pytest.fail(f"{url} did not answer well within {timeout_s:g} s")
+    pytest.fail(f"{url} did not answer well within {timeout_s:g} s: {last}; `up` said: {output.read_text()[-2000:]}")
