@@ -111,7 +111,9 @@ def main() -> int:
     # torch comes first: where pip cannot find it, the set-up learns so at once.
     write("cpu.lock", CPU_HEADER, torch + cpu)
 
-    cuda = resolve(uv, ["pyproject.toml", "requirements/cuda.in"], *EXTRAS, "--extra=weights", prefer=locked("cuda.lock") or cpu)
+    cuda = resolve(
+        uv, ["pyproject.toml", "requirements/cuda.in"], *EXTRAS, "--extra=weights", prefer=locked("cuda.lock") or cpu
+    )
     write("cuda.lock", CUDA_HEADER, cuda)
     write("triton.lock", TRITON_HEADER, entry("triton", cuda))
 

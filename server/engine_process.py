@@ -69,6 +69,11 @@ class EngineProcess:
         self.stop()
 
     @property
+    def pid(self) -> int:
+        """Of vLLM's API process, which its other processes descend from."""
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         """None while it runs."""
         return self._process.poll()

@@ -91,15 +91,6 @@ class EvidenceClient:
         finally:
             self._waiting.pop(number, None)
 
-    async def answers(self, timeout_s: float) -> bool:
-        """Whether the worker answers at all: asked for a request that there is not."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.ask("")
-        except (TimeoutError, EvidenceError):
-            return False
-        return True
-
     def close(self) -> None:
         self._reader.cancel()
         self._context.destroy(linger=0)

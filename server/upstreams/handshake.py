@@ -29,7 +29,9 @@ _RETRY_S = 0.5
 """A failed handshake is tried again for a request after this long: a crowd of them must not storm the engine."""
 _WATCH_LOST_S = 1.0
 _WATCH_FOUND_S = 1.0
-"""What guards can be changed while the engine runs; a status is a small call between two of its steps."""
+"""What guards can be changed while the engine runs."""
+_WATCH_AGE_S = 20
+"""How often the watch wakes an idle engine's workers (`STATUS_AGE` says why they are let sleep)."""
 _ASKS = 3
 """How often a busy engine that does not answer in time is asked for one request's sake."""
 _REMEMBERED = 8
@@ -199,13 +201,13 @@ class HandshakeKeeper:
         """Renew the handshake forever, so that a restarted engine is found without a request."""
         while True:
             async with self._lock:
-                await self._refresh()
+                await self._refresh(_WATCH_AGE_S if self.current else 0)
             await asyncio.sleep(_WATCH_FOUND_S if self.current else _WATCH_LOST_S)
 
-    async def _refresh(self) -> None:
+    async def _refresh(self, max_age_s: int = 0) -> None:
         asked = monotonic()
         try:
-            answer = await self._upstream.status()
+            answer = await self._upstream.status(max_age_s)
             self._answered = asked
             if answer.status_code != 200:
                 absent = answer.status_code == 404

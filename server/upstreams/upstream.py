@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import httpx
 
 from guard.errors import ConfigError
-from guard.evidence import REQUEST_HEADER, STATUS_PATH
+from guard.evidence import REQUEST_HEADER, STATUS_AGE, STATUS_PATH
 from server.config.upstream import UpstreamSettings
 from server.errors import UpstreamError
 from server.telemetry.stopwatch import Stopwatch
@@ -88,9 +88,11 @@ class Upstream:
         except httpx.HTTPError as error:
             raise translate(error) from error
 
-    async def status(self) -> httpx.Response:
-        """What the engine's workers guard with. Raises UpstreamError."""
-        return await self.get(STATUS_PATH, timeout_s=_STATUS_TIMEOUT_S)
+    async def status(self, max_age_s: int = 0) -> httpx.Response:
+        """What the engine's workers guard with; with `max_age_s` an older answer will do, while the same guard is on.
+        Raises UpstreamError."""
+        path = f"{STATUS_PATH}?{STATUS_AGE}={max_age_s}" if max_age_s else STATUS_PATH
+        return await self.get(path, timeout_s=_STATUS_TIMEOUT_S)
 
     @asynccontextmanager
     async def post(

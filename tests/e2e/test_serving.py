@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -267,3 +271,24 @@ def test_every_eligible_request_was_evaluated(stack: Stack, passing: list[str]) 
     eventually(lambda: stack.metric("undertow_evaluated_total") == stack.metric("undertow_eligible_total") > 0)
     assert stack.metric("undertow_guard_failures_total") == 0
     assert stack.metric("undertow_tokens_scored_total") > 0
+
+
+def test_an_idle_engine_rests(stack: Stack) -> None:
+    """vLLM's workers spin for a second after everything they are asked, and the server watches what guards."""
+    time.sleep(2)
+    before = seconds_of_cpu(stack.engine.pid)
+    time.sleep(4)
+    assert seconds_of_cpu(stack.engine.pid) - before < 2
+
+
+def seconds_of_cpu(pid: int) -> float:
+    """Of a process and all that descend from it."""
+    stats = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            stats.append((int(folder.name), (folder / "stat").read_text().rpartition(")")[2].split()))
+    tree = {pid}
+    for _ in stats:  # parents may stand behind their children
+        tree |= {child for child, fields in stats if int(fields[1]) in tree}
+    ticks = sum(int(fields[11]) + int(fields[12]) for child, fields in stats if child in tree)
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -22,6 +22,7 @@ from guard.errors import ConfigError
 from guard.evidence import (
     REQUEST_HEADER,
     SILENT,
+    STATUS_AGE,
     STATUS_PATH,
     STREAM_PREFIX,
     DetectorStatus,
@@ -266,6 +267,48 @@ async def test_the_status_says_whether_the_worker_gives_evidence(
         answer = bodies(await engine.call(STATUS_PATH, method="GET"))[0]
         assert Status.from_json(answer).channel == told
         assert Status.from_json(answer).workers == (WORKER,)
+
+
+async def test_a_status_that_may_be_old_lets_the_workers_sleep(build: Callable[..., Engine]) -> None:
+    engine = build(guarded_by())
+    first = bodies(await engine.call(STATUS_PATH, method="GET"))
+    asked = engine.asked
+    assert bodies(await engine.call(STATUS_PATH, f"{STATUS_AGE}=20", method="GET")) == first
+    assert engine.asked == asked
+    for query in ("", f"{STATUS_AGE}=0", f"{STATUS_AGE}=-1", f"{STATUS_AGE}=x"):
+        await engine.call(STATUS_PATH, query, method="GET")
+        assert engine.asked > asked
+        asked = engine.asked
+
+
+async def test_a_status_is_asked_for_anew_when_it_has_aged(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("guard.engine.middleware.monotonic", lambda: now)
+    engine = build(guarded_by())
+    await engine.call(STATUS_PATH, method="GET")
+    now, asked = 120.5, engine.asked
+    await engine.call(STATUS_PATH, f"{STATUS_AGE}=20", method="GET")
+    assert engine.asked == asked + 1
+
+
+@pytest.mark.parametrize("calibration", ["sha256:another", "dead"])
+async def test_an_old_status_is_not_told_of_another_guard_or_a_dead_one(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, calibration: str
+) -> None:
+    monkeypatch.setattr("guard.engine.middleware.PING_TIMEOUT_S", 0.05)
+    engine = build(guarded_by(calibration))
+    if calibration == "dead":
+        engine.channel.close()
+    await engine.call(STATUS_PATH, method="GET")
+    asked = engine.asked
+    await engine.call(STATUS_PATH, f"{STATUS_AGE}=20", method="GET")
+    assert engine.asked > asked
+
+
+def guarded_by(calibration: str = WORKER.calibration or "") -> Callable[[str], Evidence]:
+    return lambda _: Evidence(fingerprint=WORKER.fingerprint or "", calibration=calibration, records=())
 
 
 async def test_an_error_response_carries_what_is_known(build: Callable[..., Engine]) -> None:
