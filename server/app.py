@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from guard.version import VERSION
 from server.config.settings import Settings
 from server.exchange import Gateway
+from server.in_force import InForce, Live
 from server.readiness import Readiness
 from server.routes import build_router, install_error_handlers
-from server.ruling import Ruling
 from server.telemetry.metrics import Metrics
 from server.upstreams.handshake import Handshake, HandshakeKeeper
 from server.upstreams.upstream import Upstream
@@ -34,9 +34,10 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> F
     def loaded(handshake: Handshake | None) -> None:
         metrics.loaded((handshake and handshake.fingerprint) or "")
 
-    keeper = HandshakeKeeper(upstream, settings.policy, settings.upstream.fingerprint, loaded)
-    gateway = Gateway(Ruling(settings.policy), settings.limits, upstream, keeper, metrics)
-    readiness = Readiness(upstream, keeper, settings.policy)
+    live = Live(InForce.of(settings))
+    keeper = HandshakeKeeper(upstream, lambda: live.now.rulings.in_force(), settings.upstream.fingerprint, loaded)
+    gateway = Gateway(live, upstream, keeper, metrics)
+    readiness = Readiness(upstream, keeper, live)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

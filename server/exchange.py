@@ -18,13 +18,14 @@ from starlette.types import Receive, Scope, Send
 from guard.errors import EngineError
 from server.assessment import Assessor, Told
 from server.body import read_body
-from server.config.sections import Limits
 from server.disconnect import ClientGone, unless_gone
 from server.errors import ApiError, GuardFailure, UpstreamError, guard_unavailable, upstream_unavailable
+from server.in_force import Live
 from server.incidents.report import report, report_failure
 from server.protocols.openai import Call, Endpoint, read_call
 from server.reply import Reply
-from server.ruling import Ruling
+from server.ruling import Ruling, rule
+from server.shadow import compare
 from server.sse import EventParser
 from server.stream import StreamGuard, evidence_of
 from server.telemetry.logs import LOGGER, log
@@ -42,8 +43,7 @@ _DRAIN_S = 0.5
 class Gateway:
     """What every exchange shares."""
 
-    ruling: Ruling
-    limits: Limits
+    live: Live
     upstream: Upstream
     keeper: HandshakeKeeper
     metrics: Metrics
@@ -58,6 +58,7 @@ class Exchange(Response):
         self._endpoint = endpoint
         self._request = request
         self._request_id = request_id
+        self._force = gateway.live.now
         self._stopwatch = Stopwatch()
         self._call: Call | None = None
         self._assessor: Assessor | None = None
@@ -73,10 +74,11 @@ class Exchange(Response):
 
     async def _exchange(self, receive: Receive, reply: Reply) -> None:
         try:
-            body = await read_body(self._request, self._gateway.limits)
+            body = await read_body(self._request, self._force.limits)
             self._stopwatch = Stopwatch()
-            self._call = read_call(self._endpoint, body, self._gateway.limits.max_sequences)
-            await unless_gone(receive, self._serve(self._call, reply))
+            self._call = read_call(self._endpoint, body, self._force.limits.max_sequences)
+            ruling = rule(self._force.rulings, self._endpoint.name, self._call.fields.get("model"), None)
+            await unless_gone(receive, self._serve(self._call, ruling, reply))
         except (ClientGone, ClientDisconnect):
             if not reply.complete:
                 self._outcome = "client_gone"
@@ -89,11 +91,10 @@ class Exchange(Response):
             self._outcome = "client_error"
             await reply.error(error)
 
-    async def _serve(self, call: Call, reply: Reply) -> None:
+    async def _serve(self, call: Call, ruling: Ruling, reply: Reply) -> None:
         try:
             handshake = await self._handshake()
             keeper = self._gateway.keeper
-            ruling = self._gateway.ruling
             assessor = self._assessor = Assessor(call, ruling, handshake, keeper.knows)
             if handshake is None and assessor.enforcing:
                 assessor.opening(None)
@@ -245,6 +246,7 @@ class Exchange(Response):
         metrics.requested(self._endpoint.name, self._outcome)
         if call is not None and assessor is not None:
             metrics.judged(assessor.records)
+            metrics.shadowed(assessor.ruling.name, compare(assessor.records, assessor.ruling.shadow))
             for record in assessor.records:
                 if record.action != "allow":
                     report(call, self._request_id, record)
@@ -261,6 +263,8 @@ class Exchange(Response):
             outcome=self._outcome,
             status=status,
             stream=call.stream if call else None,
+            policy=assessor.ruling.name if assessor else None,
+            tenant=assessor.ruling.tenant if assessor else None,
             duration_s=round(self._stopwatch.total, 4),
             tokens_needed=coverage.needed if coverage else None,
             tokens_scored=coverage.scored if coverage else None,

@@ -10,9 +10,9 @@ from time import monotonic
 from uuid import uuid4
 
 from guard.errors import EngineError, UndertowError
-from guard.policy import Policy
 from server.assessment import Assessor, Usage
 from server.errors import UpstreamError
+from server.in_force import Live
 from server.protocols.openai import TEXT, read_call
 from server.ruling import Ruling
 from server.telemetry.stopwatch import Stopwatch
@@ -64,11 +64,10 @@ class Report:
 class Readiness:
     """Checks in order, and remembers the answer for a few seconds so that probes stay cheap."""
 
-    def __init__(self, upstream: Upstream, keeper: HandshakeKeeper, policy: Policy) -> None:
+    def __init__(self, upstream: Upstream, keeper: HandshakeKeeper, live: Live) -> None:
         self._upstream = upstream
         self._keeper = keeper
-        # The canary is judged as requests are, but must come through: it stands for the guard, not for its text.
-        self._policy = policy if policy.mode == "off" else policy.model_copy(update={"mode": "monitor"})
+        self._live = live
         self._lock = asyncio.Lock()
         self._report = Report({})
         self._last: Canary | None = None
@@ -109,7 +108,10 @@ class Readiness:
             # Only adapters have banks: the model itself cannot be scored.
             fields["model"] = min(handshake.adapters)
         call = read_call(TEXT, json.dumps(fields).encode())
-        body = call.upstream_body(self._policy, handshake.reserved_token_id)
+        # The canary is judged as requests are, but must come through: it stands for the guard, not for its text.
+        policy = self._live.now.rulings.default.policy
+        policy = policy if policy.mode == "off" else policy.model_copy(update={"mode": "monitor"})
+        body = call.upstream_body(policy, handshake.reserved_token_id)
         async with self._upstream.post(TEXT.path, body, None, f"canary-{uuid4().hex}", Stopwatch()) as answer:
             content = await answer.read()
         if answer.status in (401, 403):
@@ -121,6 +123,6 @@ class Readiness:
         except (ValueError, AttributeError):
             usage = None
         await self._keeper.catch_up(answer.evidence)
-        failure = Assessor(call, Ruling(self._policy), handshake, self._keeper.knows).final(answer.evidence, usage)
+        failure = Assessor(call, Ruling(policy), handshake, self._keeper.knows).final(answer.evidence, usage)
         if failure is not None:
             raise CanaryError(f"{failure.kind}: {failure.detail}")

@@ -6,8 +6,9 @@ read_document(text, "undertow.yaml") -> mapping;  check(document, Settings, name
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -73,6 +74,8 @@ def _explain(problem: ErrorDetails, root: type[BaseModel], name: str, overridden
     path = tuple(str(part) for part in problem["loc"] if part != "[key]")
     source = overridden.get(path)
     place = f"{source} (for `{'.'.join(path)}`)" if source else f"{name}: `{'.'.join(path)}`"
+    if not path:
+        return f"{name}: {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] == "extra_forbidden":
         # Its value is not shown: it may be a secret that somebody wanted to keep here.
         return f"{place}: unknown key; expected one of {', '.join(_known_keys(root, path[:-1]))}"
@@ -86,16 +89,33 @@ def _explain(problem: ErrorDetails, root: type[BaseModel], name: str, overridden
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """The keys that may stand at a place: fields of sections, also inside of lists and of mappings with free names."""
+    kinds: list[Any] = [model]
     for part in path:
-        field = model.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return _DEEP_KEYS.get(path[-1], ["(see `undertow config schema`)"])
-        model = inner
-    return sorted(model.model_fields)
+        kinds = [inner for kind in kinds for inner in _inside(kind, part)]
+    return sorted({key for kind in kinds if _is_section(kind) for key in kind.model_fields})
 
 
-_DEEP_KEYS = {"threshold": ["fpr", "raw"], "density": ["action", "threshold"], "exceedance": ["action", "threshold"]}
+def _inside(kind: Any, key: str) -> Iterable[Any]:
+    """The types that stand under a key of a type."""
+    if _is_section(kind):
+        inner = kind.model_fields[key].annotation if key in kind.model_fields else None
+    else:
+        inner = next((each for each in reversed(get_args(kind)) if each is not Ellipsis), None)
+    return _alternatives(inner)
+
+
+def _alternatives(kind: Any) -> Iterable[Any]:
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _alternatives(get_args(kind)[0])
+    if origin in (Union, UnionType):
+        return [inner for each in get_args(kind) for inner in _alternatives(each)]
+    return [kind]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _shown(path: tuple[str, ...], value: object) -> str:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from guard.errors import ConfigError
-from guard.policy import Policy
 from server.config.document import check, override, read_document
+from server.config.policies import PolicySettings
+from server.config.rules import Name, Rule
 from server.config.sections import Limits, Listen, Log
 from server.config.strict import Strict
 from server.config.upstream import UpstreamSettings
@@ -29,15 +30,57 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
 """Environment variables that override the file, and the key that each one overrides."""
 
 
+DEFAULT = "default"
+"""The name that rules and metrics give to `policy`."""
+
+
 class Settings(Strict):
     """Everything that the server can be told."""
 
     version: Literal[1] = Field(description="Of this file's shape.")
     listen: Listen = Listen()
     upstream: UpstreamSettings = UpstreamSettings()
-    policy: Policy = Policy()
+    policy: PolicySettings = Field(
+        default=PolicySettings(), description="Of every request that no rule matches; in rules its name is `default`."
+    )
+    policies: dict[Name, PolicySettings] = Field(
+        default_factory=dict, description="Others, by name, for rules. Each stands alone: nothing of `policy` is in it."
+    )
+    rules: tuple[Rule, ...] = Field(
+        default=(),
+        description="Which requests are judged by which policy. The most specific rule that matches holds: one with a "
+        "tenant, then one with a model (a name before a pattern, a longer pattern before a shorter), then one with an "
+        "endpoint. Two that match alike are an error.",
+    )
     limits: Limits = Limits()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        if DEFAULT in self.policies:
+            raise ValueError(f"`policies.{DEFAULT}` is the name of `policy`; expected another name, or `policy` alone")
+        for index, rule in enumerate(self.rules):
+            if rule.policy not in (DEFAULT, *self.policies):
+                known = ", ".join((DEFAULT, *self.policies))
+                raise ValueError(f"`rules.{index}.policy` is `{rule.policy}`, expected one of {known}")
+            try:
+                effective(self, rule)
+            except ValidationError as error:
+                told = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"`rules.{index}.override` does not fit policy `{rule.policy}`: {told}") from None
+            for before, other in enumerate(self.rules[:index]):
+                if other.match.ties(rule.match):
+                    raise ValueError(
+                        f"`rules.{before}` and `rules.{index}` match one request and are equally specific "
+                        f"({other.match}; {rule.match}); make one of them more specific, or join them"
+                    )
+        return self
+
+
+def effective(settings: Settings, rule: Rule) -> PolicySettings:
+    """The policy that a rule asks for, with its changes. Raises ValidationError where they do not go together."""
+    policy = settings.policy if rule.policy == DEFAULT else settings.policies[rule.policy]
+    return policy if rule.override is None else rule.override.of(policy)
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Settings:

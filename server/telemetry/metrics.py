@@ -18,6 +18,7 @@ from guard.faults import FAULT_MEANINGS
 from guard.policy import Action, Mode
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
 from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, FailureKind, ServerFailure, UpstreamKind
+from server.shadow import Compared, Would
 
 EndpointLabel = Literal["chat_completions", "completions", "models", "other"]
 ENDPOINTS: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "models", "other")
@@ -54,6 +55,7 @@ ELIGIBLE: frozenset[Outcome] = EVALUATED | {"unguarded", "guard_failed"}
 
 ACTIONS: tuple[Action, ...] = ("allow", "flag", "steer", "block")
 MODES: tuple[Mode, ...] = ("off", "monitor", "enforce")
+WOULD: tuple[Would, ...] = ("pass", "flag")
 
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 5.0, 10.0)
 _RATIO_LIMIT = 100.0
@@ -100,6 +102,13 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "counter",
         "Sequences by detector and phase, and what was done about their score.",
         {"detector": DETECTORS, "phase": PHASES, "action": ACTIONS, "mode": MODES},
+    ),
+    Declaration(
+        "undertow_shadow_decisions_total",
+        "counter",
+        "Scores that a policy holds against a second rate (`shadow`), by what the live threshold says and what the "
+        "second one would.",
+        {"policy": None, "detector": DETECTORS, "phase": PHASES, "live": WOULD, "shadow": WOULD},
     ),
     Declaration(
         "undertow_exceedance",
@@ -224,6 +233,12 @@ class Metrics:
         ratio = exceedance(score)
         self._histograms["undertow_exceedance"].labels(score.detector, score.phase).observe(min(ratio, _RATIO_LIMIT))
         self._gauges["undertow_threshold"].labels(score.detector, score.phase).set(score.threshold)
+
+    def shadowed(self, policy: str, compared: Iterable[Compared]) -> None:
+        """What second thresholds say of a request. `policy`: its name in the settings."""
+        for each in compared:
+            labels = (policy, each.detector, each.phase, each.live, each.shadow)
+            self._counters["undertow_shadow_decisions_total"].labels(*labels).inc()
 
     def failed(self, kind: FailureKind, mode: Mode) -> None:
         """A request could not be judged."""

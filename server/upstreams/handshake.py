@@ -1,8 +1,8 @@
 """What server and engine agree on before a request is judged.
 
-handshake = agree(Status.from_json(answer), policy, expected_fingerprint)
+handshake = agree(Status.from_json(answer), policies, expected_fingerprint)
 
-keeper = HandshakeKeeper(upstream, policy, expected_fingerprint)
+keeper = HandshakeKeeper(upstream, lambda: policies, expected_fingerprint)
 handshake = await keeper.get()
 """
 
@@ -61,8 +61,9 @@ class Handshake:
         return own or (self.fingerprint or "", self.calibration or "")
 
 
-def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> Handshake:
-    """Hold the engine's status against the settings. Raises HandshakeError, naming both sides."""
+def agree(status: Status, policies: Mapping[str, Policy], expected_fingerprint: str | None) -> Handshake:
+    """Hold the engine's status against the settings. `policies`: all that requests may be judged by, each under its
+    place in the settings. Raises HandshakeError, naming both sides."""
     if not status.workers:
         raise HandshakeError("no worker of the engine has a guard")
     fingerprint = _same("fingerprint", (worker.fingerprint for worker in status.workers))
@@ -76,11 +77,17 @@ def agree(status: Status, policy: Policy, expected_fingerprint: str | None) -> H
         raise HandshakeError(
             f"the engine guards with bank {fingerprint}, but `upstream.fingerprint` asks for {expected_fingerprint}"
         )
-    if policy.mode != "off":
-        _check_detectors(status, policy)
+    check_policies(status, policies)
     if apart := status.apart(COVERAGE):
         raise HandshakeError(f"a rank of the engine did not score what another did: {'; '.join(apart)}")
     return Handshake(fingerprint, calibration, generation, reserved, len(status.workers), adapters)
+
+
+def check_policies(status: Status, policies: Mapping[str, Policy]) -> None:
+    """Whether the engine can judge by every policy. Raises HandshakeError, naming the first by which it cannot."""
+    for place, policy in policies.items():
+        if policy.mode != "off":
+            _check_detectors(status, place, policy)
 
 
 def _same(what: str, values: Iterable[T]) -> T:
@@ -94,32 +101,32 @@ def _named(worker: WorkerStatus) -> tuple[str, ...]:
     return tuple(f"{each.name} {each.fingerprint} {each.calibration}" for each in worker.adapters)
 
 
-def _check_detectors(status: Status, policy: Policy) -> None:
+def _check_detectors(status: Status, place: str, policy: Policy) -> None:
     for worker in status.workers:
         if policy.steers and not worker.steering:
             raise HandshakeError(
-                f"the policy steers, but worker {worker.rank} was started without `undertow.steering`; "
+                f"`{place}` steers, but worker {worker.rank} was started without `undertow.steering`; "
                 "start it with `undertow up --steering`"
             )
         if worker.fingerprint is not None:
-            _check_supported(f"worker {worker.rank}", worker.detectors, policy)
+            _check_supported(f"worker {worker.rank}", worker.detectors, place, policy)
         for adapter in worker.adapters:
-            _check_supported(f"worker {worker.rank} for adapter `{adapter.name}`", adapter.detectors, policy)
+            _check_supported(f"worker {worker.rank} for adapter `{adapter.name}`", adapter.detectors, place, policy)
 
 
-def _check_supported(who: str, detectors: Iterable[DetectorStatus], policy: Policy) -> None:
+def _check_supported(who: str, detectors: Iterable[DetectorStatus], place: str, policy: Policy) -> None:
     supported = {entry.detectors: entry.supported_fpr for entry in detectors}
     for name in policy.detections:
         if (name,) not in supported:
             known = ", ".join(names[0] for names in supported if len(names) == 1)
-            raise HandshakeError(f"the policy detects by `{name}`, but {who} has {known or 'nothing'}")
+            raise HandshakeError(f"`{place}` detects by `{name}`, but {who} has {known or 'nothing'}")
     for fpr, names in policy.shared_rates().items():
         sharing = " and ".join(names) + (" together" if len(names) > 1 else "")
         if names not in supported:
             raise HandshakeError(f"{who} says nothing of {sharing}: is it of another version?")
         if fpr < supported[names]:
             raise HandshakeError(
-                f"`policy.detections.{names[0]}.threshold.fpr` is {fpr:g}, but the calibration of "
+                f"`{place}.detections.{names[0]}.threshold.fpr` is {fpr:g}, but the calibration of "
                 f"{who} supports {supported[names]:g} and above for {sharing}; calibrate with more clean "
                 "requests"
             )
@@ -131,12 +138,13 @@ class HandshakeKeeper:
     def __init__(
         self,
         upstream: Upstream,
-        policy: Policy,
+        policies: Callable[[], Mapping[str, Policy]],
         expected_fingerprint: str | None,
         on_change: Callable[[Handshake | None], None] = lambda _: None,
     ) -> None:
+        """`policies`: those in force now, for `agree`."""
         self._upstream = upstream
-        self._policy = policy
+        self._policies = policies
         self._expected = expected_fingerprint
         self._on_change = on_change
         self._lock = asyncio.Lock()
@@ -214,7 +222,7 @@ class HandshakeKeeper:
                 hint = "is Undertow's middleware loaded in the engine?" if absent else "its workers gave no status"
                 raise HandshakeError(f"{STATUS_PATH} of the engine answered {answer.status_code}; {hint}")
             status = Status.from_json(answer.content)
-            self._set(agree(status, self._policy, self._expected), None)
+            self._set(agree(status, self._policies(), self._expected), None)
             self._tell_apart(status.apart(VERDICTS))
         except UpstreamError as error:
             # A busy engine is still the same engine.

@@ -10,8 +10,9 @@ import hypothesis
 import openai
 import pytest
 
-from guard.policy import Mode, Policy
+from guard.policy import Mode
 from server.app import create_app
+from server.config.policies import PolicySettings
 from server.config.sections import Limits
 from server.config.settings import Settings
 from server.config.upstream import UpstreamSettings
@@ -69,7 +70,7 @@ def settings_for(url: str, mode: Mode = "enforce", **upstream: object) -> Settin
     return Settings(
         version=1,
         upstream=UpstreamSettings(url=url, read_timeout_s=2, connect_timeout_s=1, **upstream),  # type: ignore[arg-type]
-        policy=Policy(mode=mode),
+        policy=PolicySettings(mode=mode),
         limits=Limits(max_body_bytes=100_000, body_timeout_s=1),
     )
 

@@ -90,9 +90,9 @@ def test_where_only_adapters_have_banks_the_canary_is_one_of_theirs_and_the_mode
 
 def test_an_adapters_calibration_that_cannot_keep_the_policys_rate_is_named() -> None:
     wanted = Policy.model_validate({"detections": {"density": {"action": "block", "threshold": {"fpr": 0.01}}}})
-    agree(status(adapters={"support": SUPPORT}), wanted, None)
+    agree(status(adapters={"support": SUPPORT}), {"policy": wanted}, None)
     with pytest.raises(HandshakeError, match=r"of worker 0 for adapter `support` supports 0\.02 and above"):
-        agree(status(adapters={"support": SUPPORT}, adapters_fpr=0.02), wanted, None)
+        agree(status(adapters={"support": SUPPORT}, adapters_fpr=0.02), {"policy": wanted}, None)
 
 
 def test_workers_that_differ_in_their_adapters_are_not_agreed_with() -> None:
@@ -101,7 +101,7 @@ def test_workers_that_differ_in_their_adapters_are_not_agreed_with() -> None:
     with pytest.raises(
         HandshakeError, match=f"do not agree on the adapters: .*support {SUPPORT[0]}.*support {LEGAL[0]}"
     ):
-        agree(both, Policy(), None)
+        agree(both, {"policy": Policy()}, None)
 
 
 def test_the_status_shows_every_adapters_bank(

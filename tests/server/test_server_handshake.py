@@ -34,7 +34,7 @@ BOTH = policy(density={"fpr": 0.01}, exceedance={"fpr": 0.01})
     ],
 )
 def test_an_engine_that_can_keep_every_rate_is_agreed_with(wanted: Policy) -> None:
-    found = agree(status(supported_fpr=0.006), wanted, FINGERPRINT)
+    found = agree(status(supported_fpr=0.006), {"policy": wanted}, FINGERPRINT)
     assert found == Handshake(FINGERPRINT, "c" * 16, 1, RESERVED, 2)
 
 
@@ -60,31 +60,30 @@ def test_an_engine_that_can_keep_every_rate_is_agreed_with(wanted: Policy) -> No
 )
 def test_a_rate_that_a_combination_cannot_keep_is_refused_with_the_one_it_can(wanted: Policy, said: str) -> None:
     with pytest.raises(HandshakeError) as caught:
-        agree(status(supported_fpr=0.006), wanted, None)
+        agree(status(supported_fpr=0.006), {"policy": wanted}, None)
     assert str(caught.value) == said
 
 
 def test_a_policy_that_steers_needs_an_engine_that_can() -> None:
     steers = Policy.model_validate({"detections": {"density": {"action": "steer"}}})
     with pytest.raises(HandshakeError) as caught:
-        agree(status(), steers, None)
+        agree(status(), {"policy": steers}, None)
     assert str(caught.value) == (
-        "the policy steers, but worker 0 was started without `undertow.steering`; "
-        "start it with `undertow up --steering`"
+        "`policy` steers, but worker 0 was started without `undertow.steering`; start it with `undertow up --steering`"
     )
-    assert agree(status(steering=True), steers, None)
-    assert agree(status(), steers.model_copy(update={"mode": "monitor"}), None), "which steers nothing"
+    assert agree(status(steering=True), {"policy": steers}, None)
+    assert agree(status(), {"policy": steers.model_copy(update={"mode": "monitor"})}, None), "which steers nothing"
 
 
 @pytest.mark.parametrize("threshold", [{"fpr": 0.5}, {"raw": 1.0}])
 def test_a_detector_that_the_engine_does_not_have_is_refused_by_name(threshold: dict[str, float]) -> None:
     own: tuple[DetectorName, ...] = ("exceedance", "intrinsic")
     with pytest.raises(HandshakeError) as caught:
-        agree(status(names=own), policy(density=threshold), None)
-    assert str(caught.value) == "the policy detects by `density`, but worker 0 has exceedance, intrinsic"
-    assert agree(status(names=own), policy(intrinsic=threshold), None).workers == 2
+        agree(status(names=own), {"policy": policy(density=threshold)}, None)
+    assert str(caught.value) == "`policy` detects by `density`, but worker 0 has exceedance, intrinsic"
+    assert agree(status(names=own), {"policy": policy(intrinsic=threshold)}, None).workers == 2
     with pytest.raises(HandshakeError, match="but worker 0 has nothing"):
-        agree(status(names=()), policy(density=threshold), None)
+        agree(status(names=()), {"policy": policy(density=threshold)}, None)
 
 
 def test_an_engine_that_says_nothing_of_a_combination_is_refused() -> None:
@@ -94,19 +93,19 @@ def test_an_engine_that_says_nothing_of_a_combination_is_refused() -> None:
         for worker in status().workers
     )
     with pytest.raises(HandshakeError, match="says nothing of density and exceedance together"):
-        agree(Status(workers=workers), BOTH, None)
-    assert agree(Status(workers=workers), policy(density={"fpr": 0.01}), None).workers == 2
+        agree(Status(workers=workers), {"policy": BOTH}, None)
+    assert agree(Status(workers=workers), {"policy": policy(density={"fpr": 0.01})}, None).workers == 2
 
 
 def test_every_worker_has_to_keep_the_rate() -> None:
     good, weak = status(supported_fpr=0.001).workers[0], status(supported_fpr=0.009).workers[1]
     with pytest.raises(HandshakeError, match=r"worker 1 supports 0\.018 and above"):
-        agree(Status(workers=(good, weak)), BOTH, None)
+        agree(Status(workers=(good, weak)), {"policy": BOTH}, None)
 
 
 @pytest.mark.parametrize("mode", ["off"])
 def test_where_nothing_is_judged_no_rate_has_to_be_kept(mode: str) -> None:
-    assert agree(status(supported_fpr=0.4), policy(mode, density={"fpr": 0.01}), None).workers == 2
+    assert agree(status(supported_fpr=0.4), {"policy": policy(mode, density={"fpr": 0.01})}, None).workers == 2
 
 
 def ranks(**second: object) -> Status:
@@ -131,13 +130,13 @@ def ranks(**second: object) -> Status:
 )
 def test_ranks_that_guard_with_different_things_are_an_error(second: dict[str, object], said: str) -> None:
     with pytest.raises(HandshakeError, match=said):
-        agree(ranks(**second), BOTH, None)
+        agree(ranks(**second), {"policy": BOTH}, None)
 
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_what_ranks_decide_differently_is_told_and_no_error(name: str) -> None:
     """The first rank's verdicts hold, and it has judged everything."""
     found = ranks(**{name: 3})
-    assert agree(found, BOTH, None).workers == 2
+    assert agree(found, {"policy": BOTH}, None).workers == 2
     assert found.apart(VERDICTS) == [f"{name}: 0 by rank 0, 3 by rank 1"]
     assert status().apart((*COVERAGE, *VERDICTS)) == []

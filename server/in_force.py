@@ -1,0 +1,34 @@
+"""What holds for requests that begin now. It can change while the server runs; a request keeps what it began with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from server.config.sections import Limits
+from server.config.settings import Settings
+from server.ruling import Rulings
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """Everything that a request is held against, all from one state of the settings."""
+
+    settings: Settings
+    rulings: Rulings
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """What these settings say."""
+        return cls(settings, Rulings(settings))
+
+    @property
+    def limits(self) -> Limits:
+        return self.settings.limits
+
+
+class Live:
+    """What is in force now. Take `now` once per request; it changes whole, between two of them."""
+
+    def __init__(self, now: InForce) -> None:
+        self.now = now
