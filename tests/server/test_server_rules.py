@@ -1,4 +1,4 @@
-"""Which policy a request is judged by: the resolver against a naive one, what is refused in a file, and real requests."""
+"""Which policy a request is judged by: the resolver against a naive one, what a file may not say, real requests."""
 
 from __future__ import annotations
 
