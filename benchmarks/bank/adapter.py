@@ -1,6 +1,6 @@
 """How long the bank of a LoRA adapter takes, on a base in the shape of some layers of Llama 3 8B; all random.
 
-python -m benchmarks.adapter_bank --layers 2 --rank 16
+python -m benchmarks.bank.adapter --layers 2 --rank 16
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much a truncated decomposition saves on one matrix, and how much of the delta it keeps.
 
-python benchmarks/bank_build.py --rows 2048 --columns 5504 --k 20
+python benchmarks/bank/build.py --rows 2048 --columns 5504 --k 20
 """
 
 from __future__ import annotations
