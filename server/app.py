@@ -19,34 +19,31 @@ from server.in_force import InForce, Live
 from server.readiness import Readiness
 from server.routes import build_router, install_error_handlers
 from server.telemetry.metrics import Metrics
-from server.upstreams.handshake import Handshake, HandshakeKeeper
-from server.upstreams.upstream import Upstream
+from server.upstreams.engine import Engine
+from server.upstreams.fleet import Fleet
 
 
 def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> FastAPI:
-    """An app with its own metrics and its own connections. `environ` holds the key that `api_key_env` names.
+    """An app with its own metrics and its own connections. `environ` holds the keys that `api_key_env` names.
 
-    Raises ConfigError where that variable is not set.
+    Raises ConfigError where such a variable is not set.
     """
     metrics = Metrics(VERSION)
-    upstream = Upstream(settings.upstream, environ)
-
-    def loaded(handshake: Handshake | None) -> None:
-        metrics.loaded((handshake and handshake.fingerprint) or "")
-
     live = Live(InForce.of(settings))
-    keeper = HandshakeKeeper(upstream, lambda: live.now.rulings.in_force(), settings.upstream.fingerprint, loaded)
-    gateway = Gateway(live, upstream, keeper, metrics)
-    readiness = Readiness(upstream, keeper, live)
+    fleet = Fleet(
+        [Engine(name, each, live, environ, metrics) for name, each in settings.engines.items()], live, metrics
+    )
+    gateway = Gateway(live, fleet, metrics)
+    readiness = Readiness(fleet)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(keeper.watch())
+        watch = asyncio.create_task(fleet.watch())
         yield
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watch
-        await upstream.aclose()
+        await fleet.aclose()
 
     # No generated documentation: it would describe bodies that belong to vLLM.
     app = FastAPI(title="Undertow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

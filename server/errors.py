@@ -35,8 +35,14 @@ FailureKind = ServerFailure | Fault
 
 FAILURE_KINDS: tuple[FailureKind, ...] = (*get_args(ServerFailure), *FAULTS)
 
-UpstreamKind = Literal["connect", "timeout", "cut", "status", "protocol"]
-UPSTREAM_KINDS: tuple[UpstreamKind, ...] = ("connect", "timeout", "cut", "status", "protocol")
+UpstreamKind = Literal["connect", "timeout", "cut", "status", "protocol", "busy"]
+UPSTREAM_KINDS: tuple[UpstreamKind, ...] = ("connect", "timeout", "cut", "status", "protocol", "busy")
+
+Repeat = Literal["safe", "once", "never"]
+"""Whether a request that failed may be sent again. safe: the engine cannot have begun to work on it. once: a kept
+connection closed under it without a byte of answer, which an engine does that ends, and hardly one that began."""
+
+_RETRY_AFTER = {"retry-after": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,15 @@ class GuardFailure:
 class UpstreamError(UndertowError):
     """The engine cannot be reached, timed out, or stopped in the middle of an answer."""
 
-    def __init__(self, kind: UpstreamKind, detail: str) -> None:
+    def __init__(self, kind: UpstreamKind, detail: str, *, engine: str | None = None, repeat: Repeat = "never") -> None:
+        """`engine`: its name in the settings; None where none was chosen."""
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
+        self.engine = engine
+        self.repeat = repeat
+        self.counted = False
+        """Whether metrics and log have it."""
 
 
 class ApiError(UndertowError):
@@ -115,10 +126,19 @@ def guard_unavailable() -> ApiError:
 
 
 def upstream_unavailable(error: UpstreamError) -> ApiError:
-    """503 where the engine is away, 504 where it was silent for too long."""
+    """503 where no engine can be reached or every one has its hands full, 504 where it was silent for too long."""
     if error.kind == "timeout":
         return ApiError(504, "The model did not answer in time.", type="server_error", code="upstream_timeout")
-    return ApiError(503, "The model cannot be reached.", type="server_error", code="upstream_unavailable")
+    if error.kind == "busy":
+        said, code = "The model has more requests than it can take.", "upstream_busy"
+    else:
+        said, code = "The model cannot be reached.", "upstream_unavailable"
+    return ApiError(503, said, type="server_error", code=code, headers=_RETRY_AFTER)
+
+
+def unknown_model() -> ApiError:
+    """404, as OpenAI answers: no engine serves what the request names."""
+    return ApiError(404, "The model does not exist.", param="model", code="model_not_found")
 
 
 def upstream_cut() -> ApiError:

@@ -19,7 +19,7 @@ from guard.errors import EngineError
 from server.assessment import Assessor, Told
 from server.body import read_body
 from server.disconnect import ClientGone, unless_gone
-from server.errors import ApiError, GuardFailure, UpstreamError, guard_unavailable, upstream_unavailable
+from server.errors import ApiError, GuardFailure, UpstreamError, UpstreamKind, guard_unavailable, upstream_unavailable
 from server.in_force import Live
 from server.incidents.report import report, report_failure
 from server.protocols.openai import Call, Endpoint, read_call
@@ -31,8 +31,8 @@ from server.stream import StreamGuard, evidence_of
 from server.telemetry.logs import LOGGER, log
 from server.telemetry.metrics import Metrics, Outcome
 from server.telemetry.stopwatch import Stopwatch
-from server.upstreams.handshake import Handshake, HandshakeKeeper
-from server.upstreams.upstream import Answer, Upstream
+from server.upstreams.fleet import Asked, Fleet, Question
+from server.upstreams.upstream import Answer
 from server.whole import judge_answer, judge_error
 
 _PASSED: Mapping[Told, Outcome] = {"flag": "flagged", "steer": "steered"}
@@ -44,8 +44,7 @@ class Gateway:
     """What every exchange shares."""
 
     live: Live
-    upstream: Upstream
-    keeper: HandshakeKeeper
+    fleet: Fleet
     metrics: Metrics
 
 
@@ -62,6 +61,7 @@ class Exchange(Response):
         self._stopwatch = Stopwatch()
         self._call: Call | None = None
         self._assessor: Assessor | None = None
+        self._asked: Asked | None = None
         self._outcome: Outcome = "guard_failed"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,18 +93,9 @@ class Exchange(Response):
 
     async def _serve(self, call: Call, ruling: Ruling, reply: Reply) -> None:
         try:
-            handshake = await self._handshake()
-            keeper = self._gateway.keeper
-            assessor = self._assessor = Assessor(call, ruling, handshake, keeper.knows)
-            if handshake is None and assessor.enforcing:
-                assessor.opening(None)
-                await self._refuse(assessor, guard_unavailable(), reply)
-                return
-            body = call.upstream_body(ruling.policy, assessor.reserved_token_id)
-            authorization = self._request.headers.get("authorization")
-            async with self._gateway.upstream.post(
-                self._endpoint.path, body, authorization, self._request_id, self._stopwatch
-            ) as answer:
+            async with self._gateway.fleet.post(self._question(call, ruling)) as asked:
+                self._asked, answer = asked, asked.answer
+                assessor = self._assessor = Assessor(call, ruling, asked.handshake, asked.knows)
                 if answer.status != 200:
                     await self._answer_error(call, assessor, answer, reply)
                 elif call.stream:
@@ -112,25 +103,33 @@ class Exchange(Response):
                 else:
                     await self._answer_whole(call, assessor, answer, reply)
         except UpstreamError as error:
-            self._upstream_failed(error)
+            self._gateway.fleet.failed(error, self._request_id)
             self._outcome = "upstream_error"
             await reply.error(upstream_unavailable(error))
+        except EngineError:
+            # An engine is there, but its guard is not what it should be.
+            assessor = self._assessor = Assessor(call, ruling, None)
+            assessor.opening(None)
+            await self._refuse(assessor, guard_unavailable(), reply)
         except ApiError:
             raise
         except Exception:  # noqa: BLE001 - fail closed: nothing more of the answer is sent
             LOGGER.exception("fault", extra={"fields": {"request_id": self._request_id}})
-            if self._assessor is not None:
-                self._assessor.failure = GuardFailure("internal", "a fault in the server")
+            self._assessor = self._assessor or Assessor(call, ruling, None)
+            self._assessor.failure = GuardFailure("internal", "a fault in the server")
             self._outcome = "guard_failed"
             await reply.error(guard_unavailable())
 
-    async def _handshake(self) -> Handshake | None:
-        """None where the engine is up but its guard is not what it should be."""
-        try:
-            with self._stopwatch.waiting():
-                return await self._gateway.keeper.get()
-        except EngineError:
-            return None
+    def _question(self, call: Call, ruling: Ruling) -> Question:
+        return Question(
+            self._endpoint.path,
+            call.fields.get("model"),
+            ruling,
+            lambda handshake: call.upstream_body(ruling.policy, handshake.reserved_token_id if handshake else None),
+            self._request.headers.get("authorization"),
+            self._request_id,
+            self._stopwatch,
+        )
 
     async def _answer_whole(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         content = await answer.read()
@@ -175,9 +174,9 @@ class Exchange(Response):
         except UpstreamError as error:
             if not reply.started:
                 raise
-            self._upstream_failed(error)
+            self._gateway.fleet.failed(error, self._request_id)
         if not reply.started:
-            raise UpstreamError("cut", "the engine ended a stream before its first event")
+            raise self._error("cut", "the engine ended a stream before its first event")
         if not guard.closed:
             await reply.part(b"".join(guard.cut()))
         self._settle(assessor, guard.broken)
@@ -188,9 +187,9 @@ class Exchange(Response):
 
     async def _catch_up(self, evidence: bytes | None) -> None:
         """Before evidence is judged: what guards may have been changed since the request began."""
-        if evidence is not None:
+        if evidence is not None and self._asked is not None:
             with self._stopwatch.waiting():
-                await self._gateway.keeper.catch_up(evidence)
+                await self._asked.engine.keeper.catch_up(evidence)
 
     async def _refuse(self, assessor: Assessor, refusal: ApiError, reply: Reply) -> None:
         """Answer with an error instead of what the engine sent."""
@@ -200,14 +199,14 @@ class Exchange(Response):
             headers = {"x-undertow-action": "block"}
         elif refusal.code == "guard_unavailable":
             self._outcome = "guard_failed"
-            self._doubt_handshake(assessor)
+            self._doubt_engine(assessor)
         else:
             self._engine_refused(assessor, refusal.status)
         await reply.error(refusal, headers)
 
     def _settle(self, assessor: Assessor, broken: bool = False) -> None:
         """The outcome of an answer that was released."""
-        self._doubt_handshake(assessor)
+        self._doubt_engine(assessor)
         if broken:
             self._outcome = "upstream_error"
         elif assessor.failure is not None:
@@ -222,18 +221,14 @@ class Exchange(Response):
         assessor.failure = None  # Nothing was generated, so nothing went unjudged.
         self._outcome = "upstream_rejected" if status < 500 else "upstream_error"
         if status >= 500:
-            self._upstream_failed(UpstreamError("status", f"the engine answered {status}"))
+            self._gateway.fleet.failed(self._error("status", f"the engine answered {status}"), self._request_id)
 
-    def _upstream_failed(self, error: UpstreamError) -> None:
-        self._gateway.metrics.upstream_failed(error.kind)
-        log(logging.ERROR, "upstream error", request_id=self._request_id, kind=error.kind, detail=error.detail)
-        if error.kind in ("connect", "cut"):
-            # It may come back with another bank.
-            self._gateway.keeper.drop(error.detail)
+    def _error(self, kind: UpstreamKind, detail: str) -> UpstreamError:
+        return UpstreamError(kind, detail, engine=self._asked.engine.name if self._asked else None)
 
-    def _doubt_handshake(self, assessor: Assessor) -> None:
-        if assessor.failure is not None and assessor.failure.kind == "fingerprint":
-            self._gateway.keeper.drop(assessor.failure.detail)
+    def _doubt_engine(self, assessor: Assessor) -> None:
+        if assessor.failure is not None and self._asked is not None:
+            self._asked.engine.unjudged(assessor.failure)
 
     def _measure(self) -> None:
         """Called right before the first byte of the answer."""

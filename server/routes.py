@@ -13,6 +13,7 @@ from server.exchange import Exchange, Gateway
 from server.protocols.openai import CHAT, TEXT, method_not_allowed, not_found
 from server.readiness import Readiness
 from server.telemetry.metrics import EndpointLabel, Metrics, Outcome
+from server.upstreams.listing import list_models
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -34,14 +35,13 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
     async def models(request: Request) -> Response:
         headers = {"x-request-id": request_id(request)}
         try:
-            answer = await gateway.upstream.get("/v1/models", request.headers.get("authorization"))
+            listing = await list_models(gateway.fleet.engines.values(), request.headers.get("authorization"))
         except UpstreamError as error:
             gateway.metrics.upstream_failed(error.kind)
             gateway.metrics.requested("models", "upstream_error")
             return error_response(upstream_unavailable(error), headers)
-        gateway.metrics.requested("models", _passed(answer.status_code))
-        kind = answer.headers.get("content-type", "application/json")
-        return Response(answer.content, answer.status_code, headers, media_type=kind)
+        gateway.metrics.requested("models", _passed(listing.status))
+        return Response(listing.content, listing.status, headers, media_type=listing.content_type)
 
     @router.get("/healthz")
     async def healthz() -> Response:

@@ -59,10 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"engine\n  {'evidence channel':<18} {status.channel}")
         if ready is not None:
             print("server")
-            for name, state in ready["checks"].items():
-                reason = ready["reasons"].get(name)
-                print(f"  {name:<18} {state}{f': {reason}' if reason else ''}")
-            print(f"  {'last canary':<18} {_canary(ready.get('canary'))}")
+            for name, engine in ready["engines"].items():
+                print("\n".join(_server_lines(name, engine)))
     return 0 if not apart and (ready is None or ready["ready"]) else 1
 
 
@@ -93,6 +91,15 @@ def _lines(worker: WorkerStatus) -> list[str]:
         }
         lines += [f"  adapter {adapter.name}", *(f"    {name:<16} {value}" for name, value in own.items())]
     return lines
+
+
+def _server_lines(name: str, engine: dict[str, Any]) -> list[str]:
+    """What the server found of one engine."""
+    lines = [f"  engine {name}"]
+    for check, state in engine["checks"].items():
+        reason = engine["reasons"].get(check)
+        lines.append(f"    {check:<16} {state}{f': {reason}' if reason else ''}")
+    return [*lines, f"    {'last canary':<16} {_canary(engine['canary'])}"]
 
 
 def _rates(detectors: Iterable[DetectorStatus]) -> str:

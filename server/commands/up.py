@@ -145,6 +145,11 @@ def _settings(arguments: argparse.Namespace, url: str, fingerprint: str | None) 
     from server.config.upstream import UpstreamSettings
 
     settings = load(arguments.config, os.environ) if arguments.config else Settings(version=1)
+    if settings.upstreams:
+        raise ConfigError(
+            f"{arguments.config}: `upstreams` names engines that run already, and `undertow up` starts one; expected "
+            "settings without it, or `undertow serve`"
+        )
     flags = {"host": arguments.host, "port": arguments.port}
     # Whoever may change the engine's bank while it runs decides which one is right; the settings' own pin stays.
     pinned = settings.upstream.fingerprint if admin_token(os.environ) else fingerprint

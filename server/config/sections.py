@@ -28,6 +28,9 @@ class Limits(Strict):
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds in which a whole body must arrive; 408 after."
     )
+    engine_wait_s: float = Field(
+        default=5.0, ge=0, description="Seconds that a request waits while every engine has all it may have; 503 after."
+    )
 
 
 class Log(Strict):

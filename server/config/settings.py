@@ -17,7 +17,7 @@ from server.config.policies import PolicySettings
 from server.config.rules import Name, Rule
 from server.config.sections import Limits, Listen, Log
 from server.config.strict import Strict
-from server.config.upstream import UpstreamSettings
+from server.config.upstream import EngineName, UpstreamSettings
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "UNDERTOW_LISTEN_HOST": ("listen", "host"),
@@ -39,7 +39,13 @@ class Settings(Strict):
 
     version: Literal[1] = Field(description="Of this file's shape.")
     listen: Listen = Listen()
-    upstream: UpstreamSettings = UpstreamSettings()
+    upstream: UpstreamSettings = Field(
+        default=UpstreamSettings(), description="The only engine: short for `upstreams` with one of the name `main`."
+    )
+    upstreams: dict[EngineName, UpstreamSettings] = Field(
+        default_factory=dict,
+        description="Several engines, by the names that metrics, logs and readiness give them; instead of `upstream`.",
+    )
     policy: PolicySettings = Field(
         default=PolicySettings(), description="Of every request that no rule matches; in rules its name is `default`."
     )
@@ -54,6 +60,20 @@ class Settings(Strict):
     )
     limits: Limits = Limits()
     log: Log = Log()
+
+    @property
+    def engines(self) -> dict[str, UpstreamSettings]:
+        """Every engine by its name, in the order of the file."""
+        return self.upstreams or {"main": self.upstream}
+
+    @model_validator(mode="after")
+    def _one_engine_or_several(self) -> Self:
+        if self.upstreams and "upstream" in self.model_fields_set:
+            raise ValueError(
+                "expected one of `upstream` (which UNDERTOW_UPSTREAM_URL and UNDERTOW_UPSTREAM_FINGERPRINT set, too) "
+                "and `upstreams`, found both"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rules_fit(self) -> Self:

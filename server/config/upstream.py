@@ -9,6 +9,10 @@ from pydantic import Field, field_validator
 
 from server.config.strict import Strict
 
+ModelName = Annotated[str, Field(min_length=1)]
+EngineName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+"""Names an engine in metrics, logs and readiness."""
+
 
 class UpstreamSettings(Strict):
     """The vLLM server that is guarded."""
@@ -27,6 +31,14 @@ class UpstreamSettings(Strict):
         default=None,
         min_length=1,
         description="The bank that must be loaded, as `undertow bank inspect` names it. Null accepts any.",
+    )
+    models: Annotated[tuple[ModelName, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="The models and adapters that it is asked for, by the names that requests give. Null: what its "
+        "/v1/models lists, or, where it is the only engine, everything.",
+    )
+    max_connections: int = Field(
+        default=1000, gt=0, description="Requests that it works on at a time for one server; others wait for a while."
     )
 
     @field_validator("url")

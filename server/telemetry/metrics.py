@@ -5,7 +5,7 @@ One `Metrics` per app, with its own registry. Labels come from closed sets only:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
@@ -142,15 +142,49 @@ DECLARATIONS: tuple[Declaration, ...] = (
     Declaration(
         "undertow_upstream_errors_total",
         "counter",
-        "Failures of the engine: connect, timeout (silence), cut (ended mid-answer), status (5xx), protocol.",
+        "Failures of engines: connect, timeout (silence), cut (ended mid-answer), status (5xx), protocol; busy "
+        "where none had room in time.",
         {"kind": UPSTREAM_KINDS},
     ),
     Declaration(
-        "undertow_build_info",
+        "undertow_engine_ready",
         "gauge",
-        "Always 1. The server's version and the fingerprint of the engine's bank; empty without a handshake.",
-        {"version": None, "fingerprint": None},
+        "1 where requests are sent to this engine: it answers, its guard is what the settings ask for, its last canary "
+        "was scored.",
+        {"engine": None},
     ),
+    Declaration(
+        "undertow_engine_breaker_open",
+        "gauge",
+        "1 where an engine gets no requests because several in a row failed.",
+        {"engine": None},
+    ),
+    Declaration(
+        "undertow_engine_inflight_requests",
+        "gauge",
+        "Requests that an engine works on for this server.",
+        {"engine": None},
+    ),
+    Declaration(
+        "undertow_engine_errors_total",
+        "counter",
+        "What went wrong with each engine: it did not answer (kinds of undertow_upstream_errors_total), or what it "
+        "answered could not be judged (kinds of undertow_guard_failures_total).",
+        {"engine": None, "kind": (*UPSTREAM_KINDS, *FAILURE_KINDS)},
+    ),
+    Declaration(
+        "undertow_engine_passed_over_total",
+        "counter",
+        "Requests that an engine could not take, so that another one was asked.",
+        {"engine": None},
+    ),
+    Declaration(
+        "undertow_engine_info",
+        "gauge",
+        "Always 1. The fingerprint of each engine's bank; empty without a handshake.",
+        {"engine": None, "fingerprint": None},
+    ),
+    Declaration("undertow_build_info", "gauge", "Always 1. The server's version.", {"version": None}),
 )
 
 METRIC_NAMES: frozenset[str] = frozenset(declaration.name for declaration in DECLARATIONS)
@@ -178,14 +212,13 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
-        self._version = version
-        self._fingerprint: str | None = None
+        self._fingerprints: dict[str, str] = {}
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
         for declaration in DECLARATIONS:
             self._register(declaration)
-        self.loaded("")
+        self._gauges["undertow_build_info"].labels(version).set(1)
 
     def _register(self, declaration: Declaration) -> None:
         name, text, labels = declaration.name, declaration.help, tuple(declaration.labels)
@@ -257,15 +290,36 @@ class Metrics:
         """Completion requests being worked on."""
         return self._gauges["undertow_inflight_requests"]
 
-    def loaded(self, fingerprint: str) -> None:
-        """The engine's bank changed; empty where it is not known."""
-        if fingerprint == self._fingerprint:
+    def engine(
+        self, name: str, ready: Callable[[], bool], inflight: Callable[[], int], breaker_open: Callable[[], bool]
+    ) -> None:
+        """An engine of the settings, and how it is found out how it is."""
+        self._gauges["undertow_engine_ready"].labels(name).set_function(ready)
+        self._gauges["undertow_engine_inflight_requests"].labels(name).set_function(inflight)
+        self._gauges["undertow_engine_breaker_open"].labels(name).set_function(breaker_open)
+        self._counters["undertow_engine_passed_over_total"].labels(name)
+        for kind in (*UPSTREAM_KINDS, *FAILURE_KINDS):
+            self._counters["undertow_engine_errors_total"].labels(name, kind)
+        self.loaded(name, "")
+
+    def engine_failed(self, name: str, kind: UpstreamKind | FailureKind) -> None:
+        """An engine did not answer, or its answer could not be judged."""
+        self._counters["undertow_engine_errors_total"].labels(name, kind).inc()
+
+    def passed_over(self, name: str) -> None:
+        """An engine could not take a request, which another one is asked."""
+        self._counters["undertow_engine_passed_over_total"].labels(name).inc()
+
+    def loaded(self, name: str, fingerprint: str) -> None:
+        """An engine's bank changed; empty where it is not known."""
+        before = self._fingerprints.get(name)
+        if fingerprint == before:
             return
-        info = self._gauges["undertow_build_info"]
-        if self._fingerprint is not None:
-            info.remove(self._version, self._fingerprint)
-        info.labels(self._version, fingerprint).set(1)
-        self._fingerprint = fingerprint
+        info = self._gauges["undertow_engine_info"]
+        if before is not None:
+            info.remove(name, before)
+        info.labels(name, fingerprint).set(1)
+        self._fingerprints[name] = fingerprint
 
 
 class _Declared(Collector):

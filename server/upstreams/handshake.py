@@ -2,7 +2,7 @@
 
 handshake = agree(Status.from_json(answer), policies, expected_fingerprint)
 
-keeper = HandshakeKeeper(upstream, lambda: policies, expected_fingerprint)
+keeper = HandshakeKeeper(name, upstream, lambda: policies, expected_fingerprint)
 handshake = await keeper.get()
 """
 
@@ -137,12 +137,15 @@ class HandshakeKeeper:
 
     def __init__(
         self,
+        name: str,
         upstream: Upstream,
         policies: Callable[[], Mapping[str, Policy]],
         expected_fingerprint: str | None,
         on_change: Callable[[Handshake | None], None] = lambda _: None,
     ) -> None:
-        """`policies`: those in force now, for `agree`."""
+        self._name = name
+        self._upstream = upstream
+        self._policies = policies
         self._upstream = upstream
         self._policies = policies
         self._expected = expected_fingerprint
@@ -152,10 +155,13 @@ class HandshakeKeeper:
         self._answered = float("-inf")
         """When the last question was asked that the engine answered."""
         self._agreed: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
-        self._error: EngineError | UpstreamError = HandshakeError("no handshake with the engine yet")
+        self.error: EngineError | UpstreamError = UpstreamError("connect", "the engine was not asked yet")
+        """Why there is none; of the last time that there was none."""
         self._apart: list[str] = []
         self.current: Handshake | None = None
         """The last handshake; None where it failed or was dropped."""
+        self.silences = 0
+        """Questions for the status in a row that were not answered in time."""
 
     async def get(self) -> Handshake:
         """The handshake, trying again where there is none. Raises EngineError or UpstreamError."""
@@ -165,7 +171,7 @@ class HandshakeKeeper:
             if self.current is None and monotonic() - self._tried >= _RETRY_S:
                 await self._refresh()
         if self.current is None:
-            raise self._error
+            raise self.error
         return self.current
 
     async def refresh(self) -> Handshake:
@@ -173,7 +179,7 @@ class HandshakeKeeper:
         async with self._lock:
             await self._refresh()
         if self.current is None:
-            raise self._error
+            raise self.error
         return self.current
 
     def knows(self, evidence: Evidence) -> bool:
@@ -217,6 +223,7 @@ class HandshakeKeeper:
         try:
             answer = await self._upstream.status(max_age_s)
             self._answered = asked
+            self.silences = 0
             if answer.status_code != 200:
                 absent = answer.status_code == 404
                 hint = "is Undertow's middleware loaded in the engine?" if absent else "its workers gave no status"
@@ -225,6 +232,7 @@ class HandshakeKeeper:
             self._set(agree(status, self._policies(), self._expected), None)
             self._tell_apart(status.apart(VERDICTS))
         except UpstreamError as error:
+            self.silences = self.silences + 1 if error.kind == "timeout" else 0
             # A busy engine is still the same engine.
             if error.kind != "timeout" or self.current is None:
                 self._set(None, error)
@@ -237,16 +245,17 @@ class HandshakeKeeper:
         """Ranks that judge differently: every answer was judged in full by the first one, and something is wrong with
         the engine."""
         if apart and not self._apart:
-            log(logging.ERROR, "the engine's ranks judge differently", reason="; ".join(apart))
+            log(logging.ERROR, "the engine's ranks judge differently", engine=self._name, reason="; ".join(apart))
         self._apart = apart
 
     def _set(self, handshake: Handshake | None, error: EngineError | UpstreamError | None) -> None:
-        if error is not None and (self.current is not None or str(error) != str(self._error)):
-            log(logging.ERROR, "no handshake with the engine", reason=str(error))
+        if error is not None and (self.current is not None or str(error) != str(self.error)):
+            log(logging.ERROR, "no handshake with the engine", engine=self._name, reason=str(error))
         if handshake is not None and handshake != self.current:
             log(
                 logging.WARNING if self.current else logging.INFO,
                 "handshake with the engine",
+                engine=self._name,
                 fingerprint=handshake.fingerprint,
                 calibration=handshake.calibration,
                 generation=handshake.generation,
@@ -260,6 +269,6 @@ class HandshakeKeeper:
         changed = handshake != self.current
         self.current = handshake
         if error is not None:
-            self._error = error
+            self.error = error
         if changed:
             self._on_change(handshake)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 
 from guard.errors import ConfigError
 from guard.evidence import REQUEST_HEADER, STATUS_AGE, STATUS_PATH
 from server.config.upstream import UpstreamSettings
-from server.errors import UpstreamError
+from server.errors import Repeat, UpstreamError
 from server.telemetry.stopwatch import Stopwatch
 
 _EVIDENCE_HEADER = REQUEST_HEADER.encode()
@@ -27,7 +28,10 @@ _KEEP_ALIVE_S = 2.0
 class Answer:
     """An answer of the engine whose headers have arrived."""
 
-    def __init__(self, response: httpx.Response, stopwatch: Stopwatch) -> None:
+    def __init__(self, response: httpx.Response, stopwatch: Stopwatch, engine: str) -> None:
+        self._engine = engine
+        self.broken = False
+        """Its connection failed before its end."""
         self._response = response
         self._raw = response.aiter_raw()
         self._stopwatch = stopwatch
@@ -47,7 +51,8 @@ class Answer:
                 with self._stopwatch.waiting():
                     chunk = await anext(self._raw, None)
             except httpx.HTTPError as error:
-                raise translate(error) from error
+                self.broken = True
+                raise translate(error, self._engine) from error
             if chunk is None:
                 return
             yield chunk
@@ -58,16 +63,17 @@ class Answer:
 
 
 class Upstream:
-    """vLLM's OpenAI server. Holds the connection pool; close it with `aclose`.
+    """vLLM's OpenAI server. Holds the connection pool; close it with `aclose`. `name`: the engine's in the settings.
 
     Raises ConfigError where the variable that should hold the key is not set.
     """
 
-    def __init__(self, settings: UpstreamSettings, environ: Mapping[str, str]) -> None:
+    def __init__(self, name: str, settings: UpstreamSettings, environ: Mapping[str, str]) -> None:
+        self._name = name
         self._replaces_key = settings.api_key_env is not None
         self._key = environ.get(settings.api_key_env or "")
         if self._replaces_key and not self._key:
-            raise ConfigError(f"`upstream.api_key_env` names {settings.api_key_env}, which is not set")
+            raise ConfigError(f"`api_key_env` of upstream `{name}` names {settings.api_key_env}, which is not set")
         self._client = httpx.AsyncClient(
             base_url=settings.url,
             # Proxies and certificates of the environment are for the internet; the engine is next door.
@@ -86,7 +92,7 @@ class Upstream:
         try:
             return await self._client.get(path, headers=self._authorized(authorization), timeout=timeout)
         except httpx.HTTPError as error:
-            raise translate(error) from error
+            raise translate(error, self._name) from error
 
     async def status(self, max_age_s: int = 0) -> httpx.Response:
         """What the engine's workers guard with; with `max_age_s` an older answer will do, while the same guard is on.
@@ -106,15 +112,16 @@ class Upstream:
         headers["content-type"] = "application/json"
         headers["x-request-id"] = request_id
         headers[REQUEST_HEADER] = "1"
+        way = _Way(stopwatch)
         request = self._client.build_request(
-            "POST", path, content=body, headers=headers, extensions={"trace": stopwatch.trace}
+            "POST", path, content=body, headers=headers, extensions={"trace": way.trace}
         )
         try:
             response = await self._client.send(request, stream=True)
         except httpx.HTTPError as error:
-            raise translate(error) from error
+            raise translate(error, self._name, way) from error
         try:
-            yield Answer(response, stopwatch)
+            yield Answer(response, stopwatch, self._name)
         finally:
             await response.aclose()
 
@@ -124,15 +131,40 @@ class Upstream:
         return httpx.Headers({"authorization": value} if value else {}, encoding="latin-1")
 
 
-def translate(error: httpx.HTTPError) -> UpstreamError:
+class _Way:
+    """How far a request came, as the HTTP client's trace hook tells."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+        self.fresh = False
+        """Its connection was made for it."""
+        self.sent = False
+        """All of it was written: the engine may have begun."""
+
+    async def trace(self, event: str, info: dict[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            self.fresh = True
+        elif event == "http11.send_request_body.complete":
+            self.sent = True
+        await self._stopwatch.trace(event, info)
+
+    @property
+    def repeat(self) -> Repeat:
+        """Of a request whose connection closed before its answer began."""
+        return "safe" if not self.sent else "never" if self.fresh else "once"
+
+
+def translate(error: httpx.HTTPError, engine: str, way: _Way | None = None) -> UpstreamError:
     """httpx's errors by what they mean for a request. Their text can hold a URL, never a body or a key."""
     name = type(error).__name__
     match error:
         case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout():
-            return UpstreamError("connect", f"no connection to the engine ({name})")
+            detail = f"no connection to the engine ({name})"
+            return UpstreamError("connect", detail, engine=engine, repeat="safe")
         case httpx.TimeoutException():
-            return UpstreamError("timeout", f"the engine was silent for too long ({name})")
+            return UpstreamError("timeout", f"the engine was silent for too long ({name})", engine=engine)
         case httpx.LocalProtocolError():
-            return UpstreamError("protocol", f"the request could not be written ({name})")
+            return UpstreamError("protocol", f"the request could not be written ({name})", engine=engine)
         case _:
-            return UpstreamError("cut", f"the engine closed the connection ({name})")
+            repeat = way.repeat if way else "never"
+            return UpstreamError("cut", f"the engine closed the connection ({name})", engine=engine, repeat=repeat)

@@ -112,6 +112,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.script = Script()
         self.status = status()
+        self.models: tuple[str, ...] = (MODEL,)
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.aborted = 0
@@ -129,7 +130,8 @@ class FakeEngine:
 
     async def _models(self, request: Request) -> Response:
         self.headers.append(dict(request.headers))
-        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "vllm"}]})
+        data = [{"id": model, "object": "model", "owned_by": "vllm"} for model in self.models]
+        return JSONResponse({"object": "list", "data": data})
 
     async def _chat(self, request: Request) -> Response:
         return await self._complete(request, chat=True)

@@ -238,7 +238,7 @@ def test_a_dead_engine_is_a_503_and_its_return_is_found_without_a_restart() -> N
         proxy = Proxy(host)
         answer = proxy.post(CHAT, chat_body())
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "upstream_unavailable")
-        assert proxy.get("/readyz").json()["reasons"]["upstream"]
+        assert proxy.get("/readyz").json()["engines"]["main"]["reasons"]["upstream"]
         upstream.start()
         assert eventually(lambda: proxy.post(CHAT, chat_body()).status_code == 200)
         upstream.stop(at_once=True)
@@ -313,7 +313,7 @@ def test_an_engine_that_does_not_fit_the_settings_is_not_ready_and_serves_nothin
         proxy = Proxy(host)
         answer = proxy.get("/readyz")
         assert answer.status_code == 503
-        assert said in answer.json()["reasons"]["guard"]
+        assert said in answer.json()["engines"]["main"]["reasons"]["guard"]
         answer = proxy.post(CHAT, chat_body())
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guard_unavailable")
         assert engine.bodies == [], "what could not be judged never reached the model"
@@ -342,10 +342,11 @@ def test_monitor_passes_without_a_handshake_and_says_unguarded() -> None:
 
 def test_ready_means_that_a_canary_was_scored(engine: FakeEngine, alone: Proxy) -> None:
     answer = alone.get("/readyz")
-    told = answer.json()
+    told = answer.json()["engines"]["main"]
     canary = told.pop("canary")
-    assert (answer.status_code, told) == (
+    assert (answer.status_code, answer.json()["ready"], told) == (
         200,
+        True,
         {"ready": True, "checks": {"upstream": "ok", "guard": "ok", "canary": "ok"}, "reasons": {}},
     )
     assert (canary["reason"], canary["generation"]) == (None, 1)
@@ -357,8 +358,9 @@ def test_a_canary_without_full_coverage_is_not_ready(engine: FakeEngine, alone: 
     engine.script = Script(fault="short")
     answer = alone.get("/readyz")
     assert answer.status_code == 503
-    assert "coverage" in answer.json()["reasons"]["canary"]
-    assert answer.json()["canary"]["reason"] == answer.json()["reasons"]["canary"]
+    told = answer.json()["engines"]["main"]
+    assert "coverage" in told["reasons"]["canary"]
+    assert told["canary"]["reason"] == told["reasons"]["canary"]
 
 
 def test_healthz_needs_no_engine() -> None:

@@ -130,11 +130,11 @@ def test_added_latency_leaves_the_engines_time_out(engine: FakeEngine, alone: Pr
     assert alone.sample("undertow_added_latency_seconds_sum") < 0.15
 
 
-def test_build_info_names_the_bank_that_is_loaded(engine: FakeEngine, alone: Proxy) -> None:
+def test_an_engines_info_names_the_bank_that_is_loaded(engine: FakeEngine, alone: Proxy) -> None:
     alone.post(CHAT, chat_body())
-    found = [labels for name, labels in samples(alone.get("/metrics").text) if name == "undertow_build_info"]
+    found = [labels for name, labels in samples(alone.get("/metrics").text) if name == "undertow_engine_info"]
     assert len(found) == 1
-    assert ("fingerprint", FINGERPRINT) in found[0]
+    assert found[0] == {("engine", "main"), ("fingerprint", FINGERPRINT)}
 
 
 def test_the_document_is_up_to_date() -> None:

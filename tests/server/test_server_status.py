@@ -37,11 +37,12 @@ def test_every_worker_and_every_check_is_told(
     for told in (
         "layers             1 to 3",
         "density 0.002",
-        "canary             ok",
+        "engine main",
+        "canary           ok",
         "from the prefix cache",
         "generation         1 (as started)",
         "coverage           0 of 0 tokens\n",
-        "last canary        20",
+        "last canary      20",
         ", scored, ",
     ):
         assert told in out
@@ -108,7 +109,7 @@ def test_a_server_that_is_not_ready_is_one_and_says_why(
     engine.script = Script(guard_down=True)
     code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url)
     assert code == 1
-    assert "canary             failed: the engine answered 503" in out
+    assert "canary           failed: the engine answered 503" in out
 
 
 def test_who_does_not_answer_is_named(played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]) -> None:
