@@ -5,10 +5,11 @@
         send(guard.feed(event))
     guard.refusal                      # before the first byte: answer with this error instead of a stream
 
-A token's own residual is read one step after the token was sampled. So in `enforce` the newest chunk of each choice is
-held until the next one arrives, and a choice's last chunk until the final evidence has been judged. Where a request has
-several sequences, all chunks of a choice are held until evidence has named it. What is let pass is released as the very
-bytes that came. In `monitor` and `off` nothing is held.
+A token's own residual is read one step after the token was sampled. So in `enforce` at least the newest chunk of each
+choice is held until the next one arrives, and as many more as the policy's `hold_back` says; what is held when a choice
+ends is held until the final evidence has been judged. Where a request has several sequences, all chunks of a choice are
+held until evidence has named it. What is let pass is released as the very bytes that came. In `monitor` and `off`
+nothing is held.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from guard.evidence import STREAM_PREFIX
 from guard.faults import FAULTS
 from server.assessment import Assessor, Usage, choices_of
 from server.errors import ApiError, GuardFailure, blocked_prompt, guard_unavailable, upstream_cut
+from server.hold_back import Held, kept
 from server.protocols.openai import Call, blocked_chunk, new_head
 from server.sse import DONE, Event
 
@@ -38,13 +40,13 @@ def evidence_of(event: Event) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class _Finish:
-    """A choice's last chunk, waiting for the final evidence."""
+    """A choice that ended, waiting for the final evidence."""
 
     index: int
-    held: list[bytes]
-    """Chunks before it, where no evidence has named the choice yet."""
+    held: Held
+    """Its last chunk, and those before it that are not released yet."""
     chunk: Mapping[str, Any]
-    raw: bytes
+    """The last one."""
 
 
 class StreamGuard:
@@ -53,7 +55,8 @@ class StreamGuard:
     def __init__(self, call: Call, assessor: Assessor) -> None:
         self._call = call
         self._assessor = assessor
-        self._held: dict[int, list[bytes]] = {}
+        self._kept = kept(assessor.ruling.hold_back)
+        self._held: dict[int, Held] = {}
         self._finishing: list[_Finish] = []
         self._finished: set[int] = set()
         self._stopped: dict[int, object] = {}
@@ -164,31 +167,35 @@ class StreamGuard:
             return [raw]
         if index not in self._held and _without_tokens(choice):
             return [raw]
-        self._held.setdefault(index, []).append(raw)
+        self._hold(index, raw)
         return self._release(index)
 
+    def _hold(self, index: int, raw: bytes) -> None:
+        if index not in self._held:
+            self._held[index] = Held(self._kept)
+        self._held[index].push(raw)
+
     def _release(self, index: int) -> list[bytes]:
-        """All but the newest chunk of a choice that evidence has named."""
+        """All that the policy does not keep back, of a choice that evidence has named."""
         if index not in self._assessor.proven or index in self._assessor.blocked:
             return []
-        *released, newest = self._held[index]
-        self._held[index] = [newest]
-        return released
+        return self._held[index].release()
 
     def _finish(self, index: int, choice: Mapping[str, Any], chunk: Mapping[str, Any], raw: bytes) -> list[bytes]:
         self._finished.add(index)
-        held = self._held.pop(index, [])
         stop_reason = choice.get("stop_reason")
         stopped = stop_reason is not None and stop_reason == self._assessor.reserved_token_id
         if stopped:
             self._stopped[index] = stop_reason
         if stopped or index in self._assessor.blocked:
+            self._held.pop(index, None)
             return [blocked_chunk(self._call.endpoint, index, chunk)]
         if not self._assessor.enforcing:
-            return [*held, raw]
-        proven = index in self._assessor.proven
-        self._finishing.append(_Finish(index, [] if proven else held, chunk, raw))
-        return held if proven else []
+            return [raw]
+        self._hold(index, raw)
+        released = self._release(index)
+        self._finishing.append(_Finish(index, self._held.pop(index), chunk))
+        return released
 
     def _done(self, raw: bytes) -> list[bytes]:
         if self._engine_error is not None:
@@ -202,7 +209,7 @@ class StreamGuard:
             if finish.index in self._assessor.blocked:
                 released.append(blocked_chunk(self._call.endpoint, finish.index, finish.chunk))
             else:
-                released += [*finish.held, finish.raw]
+                released += finish.held.release_all()
         released += self._block(index for index in self._assessor.blocked if index not in self._finished)
         return [*released, *self._tail, raw]
 

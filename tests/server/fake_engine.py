@@ -78,6 +78,9 @@ class Script:
     """By the model that a request names, bank and calibration that judge it; others `guard`. Empty: nobody does."""
     merge: int = 1
     """Tokens per chunk."""
+    speaks: Literal["content", "reasoning", "refusal", "tool"] = "content"
+    """Where in a chat's answer its text stands."""
+    logprobs: bool = False
     text_with_finish: bool = False
     """The finishing chunk carries text too, as with `include_stop_str_in_output`."""
     cut_after: int | None = None
@@ -216,7 +219,9 @@ class Play:
         many = isinstance(prompt, list) and not all(isinstance(part, int) for part in prompt)
         self.prompts = len(prompt) if many and isinstance(prompt, list) else 1
         self.policy = Policy.from_wire(body["vllm_xargs"][POLICY_ARGUMENT])
-        self.usage_asked = bool((body.get("stream_options") or {}).get("include_usage"))
+        options = body.get("stream_options") or {}
+        self.usage_asked = bool(options.get("include_usage"))
+        self.usage_in_chunks = self.usage_asked and bool(options.get("continuous_usage_stats"))
         self.count = self.prompts * self.n
         self.bank = script.banks.get(body.get("model"), script.guard)
         self.id = "chatcmpl-fake" if chat else "cmpl-fake"
@@ -417,15 +422,28 @@ class Play:
     def _chunk(
         self, index: int, text: str, finish_reason: str | None = None, stop_reason: int | None = None
     ) -> dict[str, Any]:
+        logprobs = self._logprobs(text) if self.script.logprobs else None
         if self.chat:
-            choice: dict[str, Any] = {"index": index, "delta": {"content": text}, "logprobs": None}
+            choice: dict[str, Any] = {"index": index, "delta": self._delta(text), "logprobs": logprobs}
             choice["finish_reason"] = finish_reason
             if finish_reason is not None:
                 choice["stop_reason"] = stop_reason
         else:
-            choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+            choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
             choice |= {"stop_reason": stop_reason, "prompt_token_ids": None}
-        return self._head() | {"choices": [choice | {"token_ids": None}]}
+        usage = {"usage": self.usage()} if self.usage_in_chunks else {}
+        return self._head() | {"choices": [choice | {"token_ids": None}]} | usage
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        if self.script.speaks == "tool":
+            return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+        return {self.script.speaks: text}
+
+    def _logprobs(self, text: str) -> dict[str, Any]:
+        """Of a chunk, as if it were one token."""
+        if self.chat:
+            return {"content": [{"token": text, "logprob": -0.5, "bytes": list(text.encode()), "top_logprobs": []}]}
+        return {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": None, "text_offset": [0]}
 
 
 def _score(phase: Phase, exceeds: bool, nan: bool = False) -> ScoreEvidence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from guard.evidence import STREAM_PREFIX
 from guard.policy import Mode, Policy
 from server.assessment import Assessor
+from server.config.policies import HoldBack, Window
 from server.protocols.openai import CHAT, TEXT, Call, read_call
 from server.ruling import Ruling
 from server.sse import Event, EventParser
@@ -22,8 +24,8 @@ from .fake_engine import CALIBRATION, FINGERPRINT, PAYLOAD, RESERVED, Play, Scri
 HANDSHAKE = Handshake(FINGERPRINT, CALIBRATION, 1, RESERVED, 1)
 
 
-def opened(call: Call, mode: Mode = "enforce") -> tuple[StreamGuard, Assessor]:
-    assessor = Assessor(call, Ruling(Policy(mode=mode)), HANDSHAKE)
+def opened(call: Call, mode: Mode = "enforce", hold_back: HoldBack = "token") -> tuple[StreamGuard, Assessor]:
+    assessor = Assessor(call, Ruling(Policy(mode=mode), hold_back=hold_back), HANDSHAKE)
     return StreamGuard(call, assessor), assessor
 
 
@@ -37,8 +39,13 @@ def data(raw: bytes) -> Event:
 
 
 def text_of(choice: dict[str, Any]) -> str:
-    text: str = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-    return text
+    if "delta" not in choice:
+        text: str = choice["text"]
+        return text
+    delta = choice["delta"]
+    for call in delta.get("tool_calls", ()):
+        return str(call["function"]["arguments"])
+    return delta.get("content") or delta.get("reasoning") or delta.get("refusal") or ""
 
 
 def by_index(released: list[bytes]) -> dict[int, list[dict[str, Any]]]:
@@ -64,8 +71,11 @@ def plays(draw: st.DrawFn) -> tuple[Call, Play, list[bytes]]:
         merge=draw(st.integers(1, 3)),
         text_with_finish=draw(st.booleans()),
         late=frozenset(draw(st.sets(st.integers(1, 4)))),
+        speaks=draw(st.sampled_from(["content", "reasoning", "refusal", "tool"])),
+        logprobs=draw(st.booleans()),
     )
-    body = {"n": n, "stream": True, "stream_options": {"include_usage": True}, "messages": [], "prompt": "p"}
+    options = {"include_usage": True, "continuous_usage_stats": draw(st.booleans())}
+    body = {"n": n, "stream": True, "stream_options": options, "messages": [], "prompt": "p"}
     call = read_call(endpoint, json.dumps(body).encode())
     play = Play(script, json.loads(call.upstream_body(Policy(), RESERVED)), endpoint.chat)
     *chunks, usage = play.data_events()
@@ -81,12 +91,20 @@ def plays(draw: st.DrawFn) -> tuple[Call, Play, list[bytes]]:
     return call, play, [*mixed, usage]
 
 
-@given(plays())
-def test_what_is_released_is_text_before_the_blocked_token_less_a_chunk(
-    played: tuple[Call, Play, list[bytes]],
+HOLD_BACKS = st.one_of(st.sampled_from(["token", "answer"]), st.builds(Window, window=st.integers(1, 9)))
+
+
+def held_chunks(hold_back: HoldBack) -> float:
+    return {"token": 1, "answer": math.inf}[hold_back] if isinstance(hold_back, str) else hold_back.window
+
+
+@given(plays(), HOLD_BACKS)
+def test_what_is_released_is_text_before_the_blocked_token_less_what_is_held_back(
+    played: tuple[Call, Play, list[bytes]], hold_back: HoldBack
 ) -> None:
     call, play, chunks = played
-    guard, _ = opened(call)
+    guard, _ = opened(call, hold_back=hold_back)
+    came = dict.fromkeys(range(call.n), 0)
     released = guard.feed(comment(play.evidence(final=False)))
     known = {index for index in range(call.n) if play.script.blocked.get(index) == 0} - play.script.late
     if len(known) == call.n:
@@ -102,10 +120,14 @@ def test_what_is_released_is_text_before_the_blocked_token_less_a_chunk(
             finished |= {json.loads(chunk[6:])["choices"][0]["index"]}
             evidenced = set(range(call.n))
             released += guard.feed(comment(play.evidence(final=False, finished=finished)))
+        for choice in json.loads(chunk[6:])["choices"]:
+            came[choice["index"]] += bool(text_of(choice) or choice["finish_reason"])
         released += guard.feed(data(chunk))
+        assert PAYLOAD.encode() not in b"".join(released), "neither in a text nor in a logprob"
         texts = {index: "".join(map(text_of, choices)) for index, choices in by_index(released).items()}
         for index, text in texts.items():
-            assert PAYLOAD not in text
+            let_go = sum(1 for choice in by_index(released)[index] if text_of(choice))
+            assert let_go <= max(0, came[index] - held_chunks(hold_back))
             assert index in evidenced or text == "", "no evidence has named it yet"
             assert "".join(play.tokens(index)).startswith(text)
     released += guard.feed(comment(play.evidence(final=True)))
@@ -122,12 +144,12 @@ def test_what_is_released_is_text_before_the_blocked_token_less_a_chunk(
     assert guard.closed
 
 
-@given(plays(), st.integers(0, 30))
+@given(plays(), st.integers(0, 30), HOLD_BACKS)
 def test_a_cut_anywhere_ends_well_formed_and_releases_nothing_held(
-    played: tuple[Call, Play, list[bytes]], cut_after: int
+    played: tuple[Call, Play, list[bytes]], cut_after: int, hold_back: HoldBack
 ) -> None:
     call, play, chunks = played
-    guard, _ = opened(call)
+    guard, _ = opened(call, hold_back=hold_back)
     released = guard.feed(comment(play.evidence(final=False)))
     if guard.closed:
         return
@@ -174,6 +196,60 @@ def test_a_token_is_released_when_its_successor_arrives_and_not_before() -> None
     assert guard.feed(data(role)) == [role], "the role holds no token"
     assert guard.feed(data(first)) == []
     assert guard.feed(data(second)) == [first]
+
+
+def test_a_window_keeps_that_many_tokens_back_and_gives_them_when_all_was_judged() -> None:
+    call = one()
+    play = play_of(call, Script())
+    role, *tokens, usage = play.data_events()
+    guard, _ = opened(call, hold_back=Window(window=3))
+    guard.feed(comment(play.evidence(final=False)))
+    assert guard.feed(data(role)) == [role], "the role holds no token"
+    assert [guard.feed(data(chunk)) for chunk in tokens] == [[], [], [], [tokens[0]], [tokens[1]]]
+    assert guard.feed(data(usage)) == []
+    guard.feed(comment(play.evidence(final=True)))
+    assert guard.feed(data(b"data: [DONE]\n\n")) == [*tokens[2:], b"data: [DONE]\n\n"]
+
+
+def test_a_window_takes_back_what_came_before_the_blocked_token() -> None:
+    call = one()
+    play = play_of(call, Script(blocked={0: 5}))
+    guard, _ = opened(call, hold_back=Window(window=3))
+    released = guard.feed(comment(play.evidence(final=False)))
+    for chunk in play.data_events():
+        released += guard.feed(data(chunk))
+    # " is", " 42" and the payload are the three newest where the engine stopped it.
+    assert "".join(map(text_of, by_index(released)[0])) == "The answer"
+
+
+def test_a_whole_answer_is_held_until_it_was_judged_and_one_that_is_blocked_has_no_text() -> None:
+    call = one()
+    for blocked, text in (({}, "The answer is 42."), ({0: 5}, "")):
+        play = play_of(call, Script(blocked=blocked))
+        role, *chunks = play.data_events()
+        guard, _ = opened(call, hold_back="answer")
+        guard.feed(comment(play.evidence(final=False)))
+        assert guard.feed(data(role)) == [role]
+        before = [part for chunk in chunks for part in guard.feed(data(chunk))]
+        assert "".join(text_of(choice) for choices in by_index(before).values() for choice in choices) == ""
+        guard.feed(comment(play.evidence(final=True)))
+        after = guard.feed(data(b"data: [DONE]\n\n"))
+        assert "".join(map(text_of, by_index([*before, *after])[0])) == text
+
+
+def test_an_answer_that_could_not_be_judged_whole_has_no_text() -> None:
+    call = one()
+    play = play_of(call, Script(fault="short"))
+    guard, assessor = opened(call, hold_back="answer")
+    released = guard.feed(comment(play.evidence(final=False)))
+    for chunk in play.data_events():
+        released += guard.feed(data(chunk))
+    guard.feed(comment(play.evidence(final=True)))
+    *released, error, _ = [*released, *guard.feed(data(b"data: [DONE]\n\n"))]
+    assert assessor.failure is not None
+    assert assessor.failure.kind == "coverage"
+    assert b"guard_unavailable" in error
+    assert "".join(map(text_of, by_index(released).get(0, []))) == ""
 
 
 def test_a_block_that_only_the_final_evidence_names_still_blocks() -> None:
