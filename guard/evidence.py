@@ -27,8 +27,9 @@ STREAM_PREFIX = ": undertow "
 STATUS_PATH = "/undertow/status"
 """Where the engine's API process says what its workers guard with (a `Status` as JSON)."""
 STATUS_AGE = "max_age_s"
-"""Query parameter of it: how many seconds old the answer may be, as long as the same bank and calibration guard. Every
-fresh answer wakes the engine's workers, and vLLM's workers spin for a second after each thing that they are asked."""
+"""Query parameter of it: how many seconds old the answer of an idle engine may be, as long as the same bank and
+calibration guard. Every fresh answer wakes the engine's workers, and vLLM's workers spin for a second after each thing
+that they are asked."""
 SILENT = "silent"
 """Stands in the place of evidence, in header and comment, where the worker gave none to the engine's API process."""
 POLICY_ARGUMENT = "undertow_policy"

@@ -65,6 +65,10 @@ class EvidenceMiddleware:
         self._app = app
         self._client: EvidenceClient | None = None
         self._told: tuple[float, Status] | None = None
+        self._running = 0
+        """Requests that the engine may be at work for."""
+        self._ended = 0
+        """How many it has been."""
         # Raises ConfigError: an engine whose token cannot be used does not start.
         token = admin_token(os.environ)
         self._reload = None if token is None else ReloadEndpoint(token)
@@ -74,7 +78,19 @@ class EvidenceMiddleware:
             await self._status(scope, receive, send)
         elif self._reload and (scope["type"], scope.get("path"), scope.get("method")) == ("http", RELOAD_PATH, "POST"):
             await self._reload(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] in GENERATING and REQUEST_HEADER in Headers(scope=scope):
+        elif scope["type"] == "http" and scope["method"] == "POST":
+            self._running += 1
+            try:
+                await self._pass_on(scope, receive, send)
+            finally:
+                self._running -= 1
+                self._ended += 1
+                self._told = None
+        else:
+            await self._app(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in GENERATING and REQUEST_HEADER in Headers(scope=scope):
             await self._generate(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -89,24 +105,25 @@ class EvidenceMiddleware:
         await response(scope, receive, send)
 
     async def _told_before(self, scope: Scope) -> Status | None:
-        """The last status, where it is young enough for the asker and the same guard is on. The evidence channel says
-        so: its thread wakes no worker."""
+        """The last status, where it is young enough for the asker, the engine has had nothing to do since, and the same
+        guard is on. The evidence channel says so: its thread wakes no worker."""
         asked = QueryParams(scope["query_string"]).get(STATUS_AGE, "0")
-        if self._told is None or not asked.isdecimal() or monotonic() - self._told[0] > int(asked):
+        if self._told is None or self._running or not asked.isdecimal() or monotonic() - self._told[0] > int(asked):
             return None
         status, now = self._told[1], await self._gives_evidence(scope)
         guards = {(worker.fingerprint or "", worker.calibration or "") for worker in status.workers}
         return status if now is not None and guards == {(now.fingerprint, now.calibration)} else None
 
     async def _ask_status(self, scope: Scope) -> Status:
-        asked = monotonic()
+        asked, ended = monotonic(), self._ended
         workers = [answer["worker"] for answer in await self._ask_workers(scope)]
         answers = await self._gives_evidence(scope)
         status = Status(
             workers=tuple(WorkerStatus.model_validate(worker) for worker in workers),
             channel="answers" if answers else "silent",
         )
-        self._told = asked, status
+        # What ran meanwhile may have changed what its workers counted.
+        self._told = None if self._running or self._ended != ended else (asked, status)
         return status
 
     async def _gives_evidence(self, scope: Scope) -> Evidence | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Scope
+from starlette.types import Message, Receive, Scope, Send
 
 from guard.control import RELOAD_PATH, TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
 from guard.engine.channel import EvidenceClient, EvidenceServer
@@ -279,6 +280,41 @@ async def test_a_status_that_may_be_old_lets_the_workers_sleep(build: Callable[.
         await engine.call(STATUS_PATH, query, method="GET")
         assert engine.asked > asked
         asked = engine.asked
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/models"])
+async def test_a_status_is_asked_for_anew_when_the_engine_had_something_to_do(
+    build: Callable[..., Engine], path: str
+) -> None:
+    engine = build(guarded_by())
+    await engine.call(STATUS_PATH, method="GET")
+    asked = engine.asked
+    await engine.call(path, headers=ASK)
+    await engine.call(STATUS_PATH, f"{STATUS_AGE}=20", method="GET")
+    assert engine.asked == asked + 1
+
+
+async def test_a_status_of_a_busy_engine_is_always_fresh(build: Callable[..., Engine]) -> None:
+    engine = build(guarded_by())
+    engine.guarded._app = waits = Waits()
+    running = asyncio.create_task(engine.call("/v1/other"))
+    await waits.begun.wait()
+    for asked in (1, 2, 3):
+        await engine.call(STATUS_PATH, f"{STATUS_AGE}=20", method="GET")
+        assert engine.asked == asked + 1  # the first also opens the channel
+    waits.end.set()
+    await running
+
+
+class Waits:
+    """An app that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.begun, self.end = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.begun.set()
+        await self.end.wait()
 
 
 async def test_a_status_is_asked_for_anew_when_it_has_aged(
