@@ -74,7 +74,7 @@ def test_every_rank_scores_every_token_and_judges_alike(one: Judged, two: list[J
     (alone,) = one.status.workers
     assert workers[0].tokens_recalled == alone.tokens_recalled > 0
     assert workers[0].blocked == alone.blocked > 0
-    assert agree(two[0].status, Policy(), None).workers == 2
+    assert agree(two[0].status, {"policy": Policy()}, None).workers == 2
 
 
 def test_one_rank_speaks_for_all(one: Judged, two: list[Judged]) -> None:
@@ -88,7 +88,7 @@ def test_what_another_rank_decides_ends_nothing_and_is_told(two: list[Judged]) -
     assert blocking.generated == sound.generated
     assert [record.action for record in blocking.records[0]] == [record.action for record in sound.records[0]]
     assert blocking.status.apart(VERDICTS)[0].startswith("blocked: ")
-    assert agree(blocking.status, Policy(), None).workers == 2
+    assert agree(blocking.status, {"policy": Policy()}, None).workers == 2
 
 
 def test_a_rank_that_loses_a_hook_ends_the_handshake_by_its_number(two: list[Judged]) -> None:
@@ -97,7 +97,7 @@ def test_a_rank_that_loses_a_hook_ends_the_handshake_by_its_number(two: list[Jud
     assert [record.unscorable for record in blind.records[0]] == [None] * len(sound.generated)
     assert all("layer 1: its probe ran 0 times" in record.unscorable for record in blind.records[1])
     with pytest.raises(HandshakeError, match=rf"unscorable: 0 by rank 0, {len(sound.generated)} by rank 1"):
-        agree(blind.status, Policy(), None)
+        agree(blind.status, {"policy": Policy()}, None)
 
 
 def test_ranks_see_the_same_and_notice_where_they_do_not(both: tuple[list[Judged], list[str]]) -> None:
