@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from guard.version import VERSION
 from server.config.settings import Settings
+from server.drain import Drain
 from server.exchange import Gateway
 from server.in_force import InForce, Live
 from server.readiness import Readiness
@@ -33,8 +34,9 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> F
     fleet = Fleet(
         [Engine(name, each, live, environ, metrics) for name, each in settings.engines.items()], live, metrics
     )
-    gateway = Gateway(live, fleet, metrics)
-    readiness = Readiness(fleet)
+    drain = Drain()
+    gateway = Gateway(live, fleet, drain, metrics)
+    readiness = Readiness(fleet, drain)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,4 +52,5 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> F
     app.router.redirect_slashes = False
     app.include_router(build_router(gateway, readiness))
     install_error_handlers(app, metrics)
+    app.state.drain = drain
     return app

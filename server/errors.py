@@ -43,6 +43,7 @@ Repeat = Literal["safe", "once", "never"]
 connection closed under it without a byte of answer, which an engine does that ends, and hardly one that began."""
 
 _RETRY_AFTER = {"retry-after": "1"}
+"""Seconds: another replica, or a pod in the place of this one, is there soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,15 @@ class ApiError(UndertowError):
     def sse(self) -> bytes:
         """The same as one event of a stream that has already begun."""
         return b"data: " + self.body() + b"\n\n"
+
+
+class ShuttingDown(ApiError):  # noqa: N818 - it is an event, not a fault
+    """503, or the last event of a stream: the server ends, and has waited as long as it may."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            503, "The server is shutting down.", type="server_error", code="shutting_down", headers=_RETRY_AFTER
+        )
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -19,7 +19,16 @@ from guard.errors import EngineError
 from server.assessment import Assessor, Told
 from server.body import read_body
 from server.disconnect import ClientGone, unless_gone
-from server.errors import ApiError, GuardFailure, UpstreamError, UpstreamKind, guard_unavailable, upstream_unavailable
+from server.drain import Drain
+from server.errors import (
+    ApiError,
+    GuardFailure,
+    ShuttingDown,
+    UpstreamError,
+    UpstreamKind,
+    guard_unavailable,
+    upstream_unavailable,
+)
 from server.in_force import Live
 from server.incidents.report import report, report_failure
 from server.protocols.openai import Call, Endpoint, read_call
@@ -45,6 +54,7 @@ class Gateway:
 
     live: Live
     fleet: Fleet
+    drain: Drain
     metrics: Metrics
 
 
@@ -78,7 +88,7 @@ class Exchange(Response):
             self._stopwatch = Stopwatch()
             self._call = read_call(self._endpoint, body, self._force.limits.max_sequences)
             ruling = rule(self._force.rulings, self._endpoint.name, self._call.fields.get("model"), None)
-            await unless_gone(receive, self._serve(self._call, ruling, reply))
+            await unless_gone(receive, self._gateway.drain.bounded(self._serve(self._call, ruling, reply)))
         except (ClientGone, ClientDisconnect):
             if not reply.complete:
                 self._outcome = "client_gone"
@@ -87,6 +97,10 @@ class Exchange(Response):
             if not reply.complete:
                 self._outcome = "client_gone"
             raise
+        except ShuttingDown as error:
+            if not reply.complete:
+                self._outcome = "shut_down"
+            await reply.error(error)
         except ApiError as error:
             self._outcome = "client_error"
             await reply.error(error)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from server.drain import Drain
 from server.upstreams.engine import EngineReport
 from server.upstreams.fleet import Fleet
 
@@ -17,29 +18,33 @@ class Report:
     """What is ready, by engine."""
 
     engines: Mapping[str, EngineReport]
+    ending: bool = False
+    """The server was told to end."""
 
     @property
     def ready(self) -> bool:
-        return any(engine.ready for engine in self.engines.values())
+        return not self.ending and any(engine.ready for engine in self.engines.values())
 
     def body(self) -> bytes:
-        """JSON: `{"ready": bool, "engines": {name: {"ready", "checks": {name: "ok"}, "reasons": {name: reason},
-        "canary": {...} | null}}}`."""
+        """JSON: `{"ready": bool, "ending": bool, "engines": {name: {"ready", "checks": {name: "ok"},
+        "reasons": {name: reason}, "canary": {...} | null}}}`."""
         engines = {name: _told(engine) for name, engine in self.engines.items()}
-        return json.dumps({"ready": self.ready, "engines": engines}).encode()
+        return json.dumps({"ready": self.ready, "ending": self.ending, "engines": engines}).encode()
 
 
 class Readiness:
     """One engine that is ready is enough; each is told."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, drain: Drain) -> None:
         self._fleet = fleet
+        self._drain = drain
 
     async def check(self) -> Report:
         """The report, at most a few seconds old."""
         engines = list(self._fleet.engines.values())
         reports = await asyncio.gather(*(engine.check() for engine in engines))
-        return Report({engine.name: report for engine, report in zip(engines, reports, strict=True)})
+        named = {engine.name: report for engine, report in zip(engines, reports, strict=True)}
+        return Report(named, self._drain.begun)
 
 
 def _told(engine: EngineReport) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from guard.errors import ConfigError
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from server.config.sections import Listen
     from server.config.settings import Settings
+    from server.graceful import GracefulServer
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,7 +68,7 @@ def run_server(settings: Settings) -> int:
     return 0
 
 
-def make_server(settings: Settings) -> uvicorn.Server:
+def make_server(settings: Settings) -> GracefulServer:
     """The proxy's HTTP server, not running yet; it leaves logging and signals to whoever runs it.
 
     Raises ConfigError where the settings name a key's variable that is not set.
@@ -77,9 +76,11 @@ def make_server(settings: Settings) -> uvicorn.Server:
     import uvicorn
 
     from server.app import create_app
+    from server.graceful import GracefulServer, timeout_s
 
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.listen.host,
         port=settings.listen.port,
         loop="uvloop",
@@ -90,9 +91,9 @@ def make_server(settings: Settings) -> uvicorn.Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=timeout_s(settings.shutdown),
     )
-    return uvicorn.Server(config)
+    return GracefulServer(config, app.state.drain, settings.shutdown)
 
 
 def _listen(listen: Listen) -> socket.socket:

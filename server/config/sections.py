@@ -33,6 +33,21 @@ class Limits(Strict):
     )
 
 
+class Shutdown(Strict):
+    """What happens after SIGTERM."""
+
+    delay_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds in which it goes on as before, but says that it is not ready: load balancers need them.",
+    )
+    grace_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds in which requests that run may end, while no new ones are taken; then they are cut off.",
+    )
+
+
 class Log(Strict):
     """JSON lines on stderr."""
 

@@ -15,7 +15,7 @@ from guard.errors import ConfigError
 from server.config.document import check, override, read_document
 from server.config.policies import PolicySettings
 from server.config.rules import Name, Rule
-from server.config.sections import Limits, Listen, Log
+from server.config.sections import Limits, Listen, Log, Shutdown
 from server.config.strict import Strict
 from server.config.upstream import EngineName, UpstreamSettings
 
@@ -59,6 +59,7 @@ class Settings(Strict):
         "endpoint. Two that match alike are an error.",
     )
     limits: Limits = Limits()
+    shutdown: Shutdown = Shutdown()
     log: Log = Log()
 
     @property

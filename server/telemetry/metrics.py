@@ -36,6 +36,7 @@ Outcome = Literal[
     "upstream_error",
     "client_error",
     "client_gone",
+    "shut_down",
 ]
 OUTCOMES: tuple[Outcome, ...] = (
     "allowed",
@@ -49,6 +50,7 @@ OUTCOMES: tuple[Outcome, ...] = (
     "upstream_error",
     "client_error",
     "client_gone",
+    "shut_down",
 )
 EVALUATED: frozenset[Outcome] = frozenset({"allowed", "flagged", "steered", "blocked_prompt", "blocked_output"})
 ELIGIBLE: frozenset[Outcome] = EVALUATED | {"unguarded", "guard_failed"}
@@ -81,7 +83,8 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "undertow_requests_total",
         "counter",
         "Requests by how they ended. guard_failed: answered with an error because it could not be judged. unguarded: "
-        "passed without being judged (monitor, off). upstream_rejected: the engine answered 4xx.",
+        "passed without being judged (monitor, off). upstream_rejected: the engine answered 4xx. shut_down: the server "
+        "ended before the answer did.",
         {"endpoint": ENDPOINTS, "outcome": OUTCOMES},
     ),
     Declaration(

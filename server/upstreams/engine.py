@@ -7,7 +7,9 @@ handshake = engine.ready_for(ruling)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
@@ -84,11 +86,12 @@ class Engine:
         """The last one since the handshake; None before."""
         self._live = live
         self._metrics = metrics
-        self._doubted = asyncio.Event()
+        self._woken = asyncio.Event()
+        self._due = math.inf
         self._checking = asyncio.Lock()
         self._report = EngineReport({})
-        self._until = float("-inf")
-        self._sent = float("-inf")
+        self._until = -math.inf
+        self._sent = -math.inf
         metrics.engine(name, lambda: self.well, lambda: self.inflight, lambda: self.breaker.open)
 
     def ready_for(self, ruling: Ruling) -> Handshake | None:
@@ -126,9 +129,10 @@ class Engine:
             self.keeper.drop(error.detail)
         # What one request meets alone (500, a client's own mistake) says little of the engine; a canary says more.
         if error.kind == "status":
-            self._doubted.set()
+            self._doubt()
         elif error.kind in ("connect", "cut", "timeout") and self.breaker.failed():
-            self._opened()
+            self._probe_at(monotonic())
+            self.on_change()
 
     def answered(self) -> None:
         """It answered, and to the end."""
@@ -139,7 +143,7 @@ class Engine:
         self._metrics.engine_failed(self.name, failure.kind)
         if failure.kind == "fingerprint":
             self.keeper.drop(failure.detail)
-        self._doubted.set()
+        self._doubt()
 
     async def check(self) -> EngineReport:
         """Status, handshake and a canary, in this order; at most a few seconds old."""
@@ -188,28 +192,35 @@ class Engine:
         self._metrics.loaded(self.name, (handshake.fingerprint if handshake else None) or "")
         self.canary = None
         if handshake is not None:
-            self._sent = float("-inf")
-            self._doubted.set()
+            self._probe_at(monotonic())
         self.on_change()
 
-    def _opened(self) -> None:
-        self._sent = float("-inf")
-        self._doubted.set()
-        self.on_change()
+    def _doubt(self) -> None:
+        self._probe_at(max(monotonic(), self._sent + _DOUBT_S))
+
+    def _probe_at(self, due: float) -> None:
+        """A canary at this moment, if none is due before."""
+        self._due = min(self._due, due)
+        self._woken.set()
 
     async def _watch_health(self) -> None:
-        """A canary for each doubt; while none comes through, another one after a while."""
+        """Send the canaries that are due; while none comes through, another one after a while."""
         while True:
-            await self._doubted.wait()
-            self._doubted.clear()
-            await asyncio.sleep(max(0.0, self._sent + _DOUBT_S - monotonic()))
-            while (handshake := self.keeper.current or await self._handshake()) is not None or self.breaker.open:
-                well = handshake is not None and (await self._probe(handshake)).reason is None
-                pause = self.breaker.probed(well)
-                if pause is None:
-                    self.on_change()
-                    break
-                await asyncio.sleep(pause)
+            self._woken.clear()
+            if (left := self._due - monotonic()) > 0:
+                # Woken, it looks again: one may be due earlier.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), None if math.isinf(left) else left)
+                continue
+            self._due = math.inf
+            handshake = self.keeper.current
+            if handshake is None and not self.breaker.open:
+                continue  # as soon as there is one, a canary is due
+            handshake = handshake or await self._handshake()
+            well = handshake is not None and (await self._probe(handshake)).reason is None
+            if (pause := self.breaker.probed(well)) is not None:
+                self._probe_at(monotonic() + pause)
+            self.on_change()
 
     async def _handshake(self) -> Handshake | None:
         try:

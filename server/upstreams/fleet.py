@@ -125,7 +125,7 @@ class Fleet:
     async def _ask(self, question: Question, stack: AsyncExitStack) -> Asked:
         """The first engine that takes it; what it holds is left with `stack`."""
         candidates = self.serving(question.model)
-        once = True
+        fresh = False
         failure: UpstreamError | None = None
         while True:
             try:
@@ -137,11 +137,12 @@ class Fleet:
                 attempt.callback(self._release, engine)
                 handshake = engine.ready_for(question.ruling)
                 try:
-                    answer = await attempt.enter_async_context(self._send(question, engine, handshake))
+                    answer = await attempt.enter_async_context(self._send(question, engine, handshake, fresh))
                 except UpstreamError as error:
-                    if error.repeat == "never" or (error.repeat == "once" and not once):
+                    if error.repeat == "never":
                         raise
-                    once = once and error.repeat != "once"
+                    # A connection that was not kept never asks for this: it happens once.
+                    fresh = fresh or error.repeat == "once"
                     self.failed(error, question.request_id)
                     if error.repeat == "safe":
                         candidates = [each for each in candidates if each is not engine]
@@ -160,11 +161,11 @@ class Fleet:
             candidates = others
 
     def _send(
-        self, question: Question, engine: Engine, handshake: Handshake | None
+        self, question: Question, engine: Engine, handshake: Handshake | None, fresh: bool
     ) -> contextlib.AbstractAsyncContextManager[Answer]:
         body = question.body(handshake)
         return engine.upstream.post(
-            question.path, body, question.authorization, question.request_id, question.stopwatch
+            question.path, body, question.authorization, question.request_id, question.stopwatch, fresh
         )
 
     async def _room_for(self, question: Question, candidates: Sequence[Engine]) -> Engine:

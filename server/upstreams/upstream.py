@@ -23,6 +23,7 @@ _EVIDENCE_HEADER = REQUEST_HEADER.encode()
 _STATUS_TIMEOUT_S = 5.0
 # vLLM closes idle connections after 5 s; we let go first, so that no request meets a connection that is just closing.
 _KEEP_ALIVE_S = 2.0
+_KEPT = 128
 
 
 class Answer:
@@ -74,17 +75,12 @@ class Upstream:
         self._key = environ.get(settings.api_key_env or "")
         if self._replaces_key and not self._key:
             raise ConfigError(f"`api_key_env` of upstream `{name}` names {settings.api_key_env}, which is not set")
-        self._client = httpx.AsyncClient(
-            base_url=settings.url,
-            # Proxies and certificates of the environment are for the internet; the engine is next door.
-            trust_env=False,
-            timeout=httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=128, keepalive_expiry=_KEEP_ALIVE_S),
-            headers={"user-agent": "undertow", "accept-encoding": "identity"},
-        )
+        self._client = _client(settings, kept=_KEPT)
+        self._fresh = _client(settings, kept=0)
 
     async def aclose(self) -> None:
         await self._client.aclose()
+        await self._fresh.aclose()
 
     async def get(self, path: str, authorization: str | None = None, timeout_s: float | None = None) -> httpx.Response:
         """A small answer, whole. Raises UpstreamError."""
@@ -102,22 +98,28 @@ class Upstream:
 
     @asynccontextmanager
     async def post(
-        self, path: str, body: bytes, authorization: str | None, request_id: str, stopwatch: Stopwatch
+        self,
+        path: str,
+        body: bytes,
+        authorization: str | None,
+        request_id: str,
+        stopwatch: Stopwatch,
+        fresh: bool = False,
     ) -> AsyncIterator[Answer]:
         """Send a request and wait for the head of its answer. Leaving the context early cancels it upstream.
 
-        Of the client's headers only its Authorization goes along. Raises UpstreamError.
+        `fresh`: over a connection of its own, because kept ones may all be dead. Of the client's headers only its
+        Authorization goes along. Raises UpstreamError.
         """
         headers = self._authorized(authorization)
         headers["content-type"] = "application/json"
         headers["x-request-id"] = request_id
         headers[REQUEST_HEADER] = "1"
         way = _Way(stopwatch)
-        request = self._client.build_request(
-            "POST", path, content=body, headers=headers, extensions={"trace": way.trace}
-        )
+        client = self._fresh if fresh else self._client
+        request = client.build_request("POST", path, content=body, headers=headers, extensions={"trace": way.trace})
         try:
-            response = await self._client.send(request, stream=True)
+            response = await client.send(request, stream=True)
         except httpx.HTTPError as error:
             raise translate(error, self._name, way) from error
         try:
@@ -129,6 +131,17 @@ class Upstream:
         value = f"Bearer {self._key}" if self._replaces_key else authorization
         # As the bytes came: a header need not be ASCII.
         return httpx.Headers({"authorization": value} if value else {}, encoding="latin-1")
+
+
+def _client(settings: UpstreamSettings, kept: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=settings.url,
+        # Proxies and certificates of the environment are for the internet; the engine is next door.
+        trust_env=False,
+        timeout=httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=_KEEP_ALIVE_S),
+        headers={"user-agent": "undertow", "accept-encoding": "identity"},
+    )
 
 
 class _Way:

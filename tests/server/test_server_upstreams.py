@@ -3,80 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import pytest
 
-from server.app import create_app
-from server.config.policies import PolicySettings
-from server.config.sections import Limits
-from server.config.settings import Settings
-from server.config.upstream import UpstreamSettings
-
-from .conftest import Proxy
-from .fake_engine import MODEL, FakeEngine, Script, status
-from .hosting import Host, hosted
+from .fake_engine import MODEL, Script, status
+from .fleet import eventually, several
 from .test_server_answers import CHAT, chat_body
-
-
-@dataclass
-class Several:
-    """Fake engines by name, and a proxy before them."""
-
-    engines: dict[str, FakeEngine]
-    hosts: dict[str, Host]
-    proxy: Proxy = field(init=False)
-
-    def asked(self) -> dict[str, int]:
-        """Completion requests that each was sent."""
-        return {name: len(engine.bodies) for name, engine in self.engines.items()}
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.proxy.sample(name, **labels)
-
-    def ready(self, name: str) -> bool:
-        return self.metric("undertow_engine_ready", engine=name) == 1
-
-
-@contextmanager
-def several(
-    *names: str, mode: str = "enforce", limits: Limits | None = None, **upstream: dict[str, object]
-) -> Iterator[Several]:
-    """Engines that run, and a proxy that has found them all ready. `upstream`: further settings by engine."""
-    engines = {name: FakeEngine() for name in names}
-    hosts = {name: Host(engine.app) for name, engine in engines.items()}
-    settings = Settings(
-        version=1,
-        upstreams={
-            name: UpstreamSettings.model_validate(
-                {"url": host.url, "read_timeout_s": 2, "connect_timeout_s": 1, **upstream.get(name, {})}
-            )
-            for name, host in hosts.items()
-        },
-        policy=PolicySettings.model_validate({"mode": mode}),
-        limits=limits or Limits(engine_wait_s=1),
-    )
-    for host in hosts.values():
-        host.start()
-    try:
-        with hosted(create_app(settings), "on") as host:
-            found = Several(engines, hosts)
-            found.proxy = Proxy(host)
-            eventually(lambda: all(found.ready(name) for name in names))
-            yield found
-    finally:
-        for host in hosts.values():
-            host.stop(at_once=True)
-
-
-def eventually(true: Callable[[], bool], within_s: float = 8.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_requests_go_to_the_engine_with_the_fewest_of_ours() -> None:
