@@ -119,7 +119,7 @@ def test_an_op_that_does_not_run_once_refuses_the_step_by_name(
     eventually(lambda: patient.failures(kind, "monitor") == monitored + 1)
     if fault == "hook":
         # Readiness remembers for a few seconds; its next canary is refused, too.
-        eventually(lambda: f"canary             failed: {kind}: layer 2: " in patient.status(capsys))
+        eventually(lambda: f"canary           failed: {kind}: layer 2: " in patient.status(capsys))
         assert f" {kind}" in next(line for line in patient.status(capsys).splitlines() if "unscorable" in line)
     broken("")
     again = patient.ask(patient.enforce.url, text)

@@ -351,5 +351,5 @@ def test_status_tells_generation_coverage_and_the_last_canary(
     assert f"generation         {found.generation}\n" in out
     assert "coverage           " in out
     assert "tokens (100%)" in out
-    assert "last canary        20" in out
+    assert "last canary      20" in out
     assert ", scored, " in out
