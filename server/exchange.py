@@ -31,8 +31,9 @@ from server.errors import (
 )
 from server.in_force import Live
 from server.incidents.report import report, report_failure
-from server.protocols.openai import Call, Endpoint, read_call
-from server.reply import Reply
+from server.protocols.openai import Call
+from server.protocols.protocol import Protocol
+from server.reply import JSON, Reply
 from server.ruling import Ruling, rule
 from server.shadow import compare
 from server.sse import EventParser
@@ -61,10 +62,11 @@ class Gateway:
 class Exchange(Response):
     """The answer to one request: an ASGI app that does the work when it is called."""
 
-    def __init__(self, gateway: Gateway, endpoint: Endpoint, request: Request, request_id: str) -> None:
+    def __init__(self, gateway: Gateway, protocol: Protocol, request: Request, request_id: str) -> None:
         super().__init__()
         self._gateway = gateway
-        self._endpoint = endpoint
+        self._protocol = protocol
+        self._endpoint = protocol.endpoint
         self._request = request
         self._request_id = request_id
         self._force = gateway.live.now
@@ -75,7 +77,7 @@ class Exchange(Response):
         self._outcome: Outcome = "guard_failed"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, self._request_id, self._measure)
+        reply = Reply(send, self._protocol, self._request_id, self._measure)
         with self._gateway.metrics.inflight.track_inprogress():
             try:
                 await self._exchange(receive, reply)
@@ -86,7 +88,7 @@ class Exchange(Response):
         try:
             body = await read_body(self._request, self._force.limits)
             self._stopwatch = Stopwatch()
-            self._call = read_call(self._endpoint, body, self._force.limits.max_sequences)
+            self._call = self._protocol.read(body, self._force.limits.max_sequences)
             ruling = rule(self._force.rulings, self._endpoint.name, self._call.fields.get("model"), None)
             await unless_gone(receive, self._gateway.drain.bounded(self._serve(self._call, ruling, reply)))
         except (ClientGone, ClientDisconnect):
@@ -136,11 +138,11 @@ class Exchange(Response):
 
     def _question(self, call: Call, ruling: Ruling) -> Question:
         return Question(
-            self._endpoint.path,
+            self._endpoint.engine_path,
             call.fields.get("model"),
             ruling,
             lambda handshake: call.upstream_body(ruling.policy, handshake.reserved_token_id if handshake else None),
-            self._request.headers.get("authorization"),
+            self._protocol.authorization(self._request.headers),
             self._request_id,
             self._stopwatch,
         )
@@ -152,8 +154,9 @@ class Exchange(Response):
         if isinstance(released, ApiError):
             await self._refuse(assessor, released, reply)
             return
+        written = self._protocol.whole(call, released)
         self._settle(assessor)
-        await reply.whole(200, released, answer.content_type, {"x-undertow-action": assessor.told})
+        await reply.whole(200, written, answer.content_type, {"x-undertow-action": assessor.told})
 
     async def _answer_error(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         content = await answer.read()
@@ -162,11 +165,13 @@ class Exchange(Response):
         if isinstance(released, ApiError):
             await self._refuse(assessor, released, reply)
         elif released is not None:
+            written = self._protocol.whole(call, released)
             self._settle(assessor)
-            await reply.whole(200, released, headers={"x-undertow-action": assessor.told})
+            await reply.whole(200, written, headers={"x-undertow-action": assessor.told})
         else:
             self._engine_refused(assessor, answer.status)
-            await reply.whole(answer.status, content, answer.content_type)
+            written = self._protocol.engine_error(answer.status, content)
+            await reply.whole(answer.status, written, answer.content_type if written is content else JSON)
 
     async def _answer_stream(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         guard, parser = StreamGuard(call, assessor), EventParser()
@@ -180,7 +185,7 @@ class Exchange(Response):
                     await self._refuse(assessor, guard.refusal, reply)
                     return
                 if guard.opened and not reply.started:
-                    await reply.begin_stream({"x-undertow-action": assessor.told})
+                    await reply.begin_stream(self._protocol.stream(call), {"x-undertow-action": assessor.told})
                 if released:
                     await reply.part(b"".join(released))
                 if guard.closed:

@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping
 from starlette.types import Send
 
 from server.errors import ApiError
+from server.protocols.protocol import Protocol, StreamWriter
 
 JSON = "application/json"
 
 
 class Reply:
-    """Writes one HTTP response, whole or in parts. `on_start` is called right before its first byte."""
+    """Writes one HTTP response, whole or in parts, as the client speaks. `on_start` is called right before its first
+    byte."""
 
-    def __init__(self, send: Send, request_id: str, on_start: Callable[[], None]) -> None:
+    def __init__(self, send: Send, protocol: Protocol, request_id: str, on_start: Callable[[], None]) -> None:
         self._send = send
+        self._protocol = protocol
+        self._writer: StreamWriter | None = None
         self._request_id = request_id
         self._on_start = on_start
         self.status = 0
@@ -38,18 +42,21 @@ class Reply:
         if self.complete:
             return
         if not self.started:
-            await self.whole(error.status, error.body(), headers={**error.headers, **(headers or {})})
+            await self.whole(error.status, self._protocol.error(error), headers={**error.headers, **(headers or {})})
             return
         await self.part(error.sse() + b"data: [DONE]\n\n")
         await self.end()
 
-    async def begin_stream(self, headers: Mapping[str, str]) -> None:
-        """Status and headers of a stream of events."""
+    async def begin_stream(self, writer: StreamWriter, headers: Mapping[str, str]) -> None:
+        """Status and headers of a stream of events, which `writer` writes."""
+        self._writer = writer
         await self._start(200, "text/event-stream; charset=utf-8", {**headers, "cache-control": "no-cache"})
 
     async def part(self, part: bytes) -> None:
-        """A part of a stream."""
-        await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        """A part of a stream: whole events of OpenAI's."""
+        written = self._writer.write(part) if self._writer else part
+        if written:
+            await self._send({"type": "http.response.body", "body": written, "more_body": True})
 
     async def end(self) -> None:
         """The end of a stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -10,7 +11,9 @@ from starlette.exceptions import HTTPException
 
 from server.errors import ApiError, UpstreamError, upstream_unavailable
 from server.exchange import Exchange, Gateway
-from server.protocols.openai import CHAT, TEXT, method_not_allowed, not_found
+from server.protocols.known import PROTOCOLS, error_body, spoken_at
+from server.protocols.openai import method_not_allowed, not_found
+from server.protocols.protocol import Protocol
 from server.readiness import Readiness
 from server.telemetry.metrics import EndpointLabel, Metrics, Outcome
 from server.upstreams.listing import list_models
@@ -23,13 +26,8 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
     """The guarded endpoints, the list of models, and what operators ask for."""
     router = APIRouter(redirect_slashes=False)
 
-    @router.post(CHAT.path)
-    async def chat_completions(request: Request) -> Response:
-        return Exchange(gateway, CHAT, request, request_id(request))
-
-    @router.post(TEXT.path)
-    async def completions(request: Request) -> Response:
-        return Exchange(gateway, TEXT, request, request_id(request))
+    for protocol in PROTOCOLS:
+        router.add_api_route(protocol.endpoint.path, _guarded(gateway, protocol), methods=["POST"])
 
     @router.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -59,15 +57,23 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
     return router
 
 
+def _guarded(gateway: Gateway, protocol: Protocol) -> Callable[[Request], Awaitable[Response]]:
+    async def exchange(request: Request) -> Response:
+        return Exchange(gateway, protocol, request, request_id(request))
+
+    return exchange
+
+
 def request_id(request: Request) -> str:
     """The client's request id where it is harmless in a header and a log, a new one elsewhere."""
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
 
 
-def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
-    """An error outside of an exchange."""
-    return Response(error.body(), error.status, {**error.headers, **(headers or {})}, media_type="application/json")
+def error_response(error: ApiError, headers: dict[str, str] | None = None, path: str = "") -> Response:
+    """An error outside of an exchange, as the clients of `path` read it."""
+    body = error_body(path, error)
+    return Response(body, error.status, {**error.headers, **(headers or {})}, media_type="application/json")
 
 
 def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
@@ -83,10 +89,11 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
             answer = not_found()
         else:
             answer = ApiError(error.status_code, "The request cannot be answered.")
-        return error_response(answer, {"x-request-id": request_id(request)})
+        return error_response(answer, {"x-request-id": request_id(request)}, request.url.path)
 
     async def failed(request: Request, error: Exception) -> Response:
-        return error_response(ApiError(500, "A fault in the server.", type="server_error", code="internal_error"))
+        fault = ApiError(500, "A fault in the server.", type="server_error", code="internal_error")
+        return error_response(fault, path=request.url.path)
 
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(Exception, failed)
@@ -99,5 +106,7 @@ def _passed(status: int) -> Outcome:
 
 
 def _label(request: Request) -> EndpointLabel:
-    labels: dict[str, EndpointLabel] = {CHAT.path: CHAT.name, TEXT.path: TEXT.name, "/v1/models": "models"}
-    return labels.get(request.url.path, "other")
+    protocol = spoken_at(request.url.path)
+    if protocol is not None:
+        return protocol.endpoint.name
+    return "models" if request.url.path == "/v1/models" else "other"

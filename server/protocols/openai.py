@@ -23,17 +23,19 @@ EndpointName = Literal["chat_completions", "completions"]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One of the two guarded endpoints."""
+    """A guarded endpoint, and which completion of the engine's it comes to."""
 
     name: EndpointName
     path: str
+    engine_path: str
     prompt_field: Literal["messages", "prompt"]
     """The field that a blocked prompt's error names."""
     chat: bool
+    """The engine's completion is a chat's."""
 
 
-CHAT = Endpoint("chat_completions", "/v1/chat/completions", "messages", chat=True)
-TEXT = Endpoint("completions", "/v1/completions", "prompt", chat=False)
+CHAT = Endpoint("chat_completions", "/v1/chat/completions", "/v1/chat/completions", "messages", chat=True)
+TEXT = Endpoint("completions", "/v1/completions", "/v1/completions", "prompt", chat=False)
 
 REFUSED: Mapping[str, str] = {
     "chat_template": "it would change which tokens the guard decides at",
