@@ -179,13 +179,15 @@ class Exchange(Response):
             async for received in answer.chunks():
                 released: list[bytes] = []
                 for event in parser.feed(received):
-                    await self._catch_up(evidence_of(event))
+                    if (evidence := evidence_of(event)) is not None:
+                        await self._catch_up(evidence)
                     released += guard.feed(event)
-                if guard.refusal is not None:
-                    await self._refuse(assessor, guard.refusal, reply)
-                    return
-                if guard.opened and not reply.started:
-                    await reply.begin_stream(self._protocol.stream(call), {"x-undertow-action": assessor.told})
+                    if guard.refusal is not None:
+                        await self._refuse(assessor, guard.refusal, reply)
+                        return
+                    if guard.opened and not reply.started:
+                        # As known now, whatever else came in the same breath.
+                        await reply.begin_stream(self._protocol.stream(call), {"x-undertow-action": assessor.told})
                 if released:
                     await reply.part(b"".join(released))
                 if guard.closed:

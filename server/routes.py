@@ -38,6 +38,9 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
             gateway.metrics.upstream_failed(error.kind)
             gateway.metrics.requested("models", "upstream_error")
             return error_response(upstream_unavailable(error), headers)
+        except ApiError as error:
+            gateway.metrics.requested("models", "client_error")
+            return error_response(error, headers)
         gateway.metrics.requested("models", _passed(listing.status))
         return Response(listing.content, listing.status, headers, media_type=listing.content_type)
 

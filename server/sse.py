@@ -38,6 +38,8 @@ class EventParser:
 
     def feed(self, received: bytes) -> list[Event]:
         """The events that `received` completes."""
+        if not (self._rest or self._lines) and (event := _plain(received)) is not None:
+            return [event]
         events: list[Event] = []
         searched = len(self._rest)
         self._rest += received
@@ -64,3 +66,10 @@ class EventParser:
         self._lines.clear()
         self._data.clear()
         return event
+
+
+def _plain(received: bytes) -> Event | None:
+    """What nearly every read of a stream is: one event of one `data` line, ended by LF. None for anything else."""
+    if received.startswith(b"data: ") and received.find(b"\n") == len(received) - 2 and received.endswith(b"\n\n"):
+        return Event(received[6:-2], received) if b"\r" not in received else None
+    return None

@@ -85,8 +85,8 @@ class StreamGuard:
             self._open_unproven()
             return [] if self.closed else self._done(event.raw)
         try:
-            chunk = json.loads(event.data)
-        except ValueError:
+            chunk = json.loads(event.data.decode())
+        except (ValueError, RecursionError):
             chunk = None
         if isinstance(chunk, dict) and "error" in chunk:
             return self._error(chunk["error"], event.raw)

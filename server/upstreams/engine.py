@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Literal
 
-import httpx
-
 from guard.errors import EngineError
 from server.config.upstream import UpstreamSettings
 from server.errors import GuardFailure, UpstreamError
@@ -27,7 +25,7 @@ from server.telemetry.metrics import Metrics
 from server.upstreams.breaker import Breaker
 from server.upstreams.canary import Canary, send_canary
 from server.upstreams.handshake import Handshake, HandshakeKeeper
-from server.upstreams.upstream import Upstream
+from server.upstreams.upstream import SmallAnswer, Upstream
 
 Standing = Literal["well", "doubtful", "out"]
 """Of an engine for one request. doubtful: it would be judged, but another one is better. out: not to be asked."""
@@ -161,7 +159,7 @@ class Engine:
             if discovers and not self.chosen:
                 tasks.create_task(self._forever(self._watch_models))
 
-    async def ask_models(self, authorization: str | None = None) -> httpx.Response:
+    async def ask_models(self, authorization: str | None = None) -> SmallAnswer:
         """Its `/v1/models`. Raises UpstreamError."""
         return await self.upstream.get("/v1/models", authorization, _MODELS_TIMEOUT_S)
 

@@ -7,10 +7,9 @@ import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-import httpx
-
 from server.errors import UpstreamError
 from server.upstreams.engine import Engine, model_entries
+from server.upstreams.upstream import SmallAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +28,18 @@ async def list_models(engines: Collection[Engine], authorization: str | None) ->
     """
     answers = await asyncio.gather(*(_ask(engine, authorization) for engine in engines))
     heard = [
-        (engine, answer) for engine, answer in zip(engines, answers, strict=True) if isinstance(answer, httpx.Response)
+        (engine, answer) for engine, answer in zip(engines, answers, strict=True) if isinstance(answer, SmallAnswer)
     ]
     good = [(engine, answer.content) for engine, answer in heard if answer.status_code == 200]
     if not heard:
         raise next(error for error in answers if isinstance(error, UpstreamError))
     if not good or (len(engines) == 1 and not good[0][0].chosen):
         _, answer = heard[0]
-        return Listing(answer.status_code, answer.content, answer.headers.get("content-type", "application/json"))
+        return Listing(answer.status_code, answer.content, answer.content_type)
     return Listing(200, _union(good), "application/json")
 
 
-async def _ask(engine: Engine, authorization: str | None) -> httpx.Response | UpstreamError:
+async def _ask(engine: Engine, authorization: str | None) -> SmallAnswer | UpstreamError:
     try:
         return await engine.ask_models(authorization)
     except UpstreamError as error:

@@ -1,62 +1,80 @@
-"""The engine's HTTP side: one pooled client, and the answers that it gives.
+"""The engine's HTTP side: kept connections, and the answers that it gives.
 
-async with upstream.post(CHAT.path, body, authorization, request_id, stopwatch) as answer:
-    answer.evidence
-    async for received in answer.chunks(): ...
+    async with upstream.post(CHAT.path, body, authorization, request_id, stopwatch) as answer:
+        answer.evidence
+        async for received in answer.chunks(): ...
+
+Why aiohttp: docs/decisions/0020-http-client.md.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
 
-import httpx
+import aiohttp
+from yarl import URL
 
 from guard.errors import ConfigError
 from guard.evidence import REQUEST_HEADER, STATUS_AGE, STATUS_PATH
 from server.config.upstream import UpstreamSettings
-from server.errors import Repeat, UpstreamError
+from server.errors import Repeat, UpstreamError, bad_request
 from server.telemetry.stopwatch import Stopwatch
 
 _EVIDENCE_HEADER = REQUEST_HEADER.encode()
 _STATUS_TIMEOUT_S = 5.0
 # vLLM closes idle connections after 5 s; we let go first, so that no request meets a connection that is just closing.
 _KEEP_ALIVE_S = 2.0
-_KEPT = 128
+_HEADER_BYTES = 256 * 1024
+"""Longest header of an answer: evidence is under 1 KB per sequence, and one request can have many."""
+_BUFFER_BYTES = 64 * 1024
+"""Of an answer that nobody took yet. With twice as much the engine's socket is not read any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallAnswer:
+    """A small answer, whole."""
+
+    status_code: int
+    content: bytes
+    content_type: str
 
 
 class Answer:
     """An answer of the engine whose headers have arrived."""
 
-    def __init__(self, response: httpx.Response, stopwatch: Stopwatch, engine: str) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, stopwatch: Stopwatch, engine: str) -> None:
         self._engine = engine
         self.broken = False
         """Its connection failed before its end."""
         self._response = response
-        self._raw = response.aiter_raw()
         self._stopwatch = stopwatch
-        self.status = response.status_code
-        self.content_type = response.headers.get("content-type", "application/octet-stream")
+        self.status = response.status
+        self.content_type = _content_type(response)
 
     @property
     def evidence(self) -> bytes | None:
         """The evidence header; None where it is absent. Several are joined, which no reader takes for valid."""
-        values = [value for name, value in self._response.headers.raw if name.lower() == _EVIDENCE_HEADER]
+        values = [value for name, value in self._response.raw_headers if name.lower() == _EVIDENCE_HEADER]
         return b"\n".join(values) if values else None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives; a second call goes on where the first one stopped. Raises UpstreamError."""
-        while True:
+        content, stopwatch = self._response.content, self._stopwatch
+        while not content.at_eof():
+            stopwatch.wait()
             try:
-                with self._stopwatch.waiting():
-                    chunk = await anext(self._raw, None)
-            except httpx.HTTPError as error:
+                chunk = await content.readany()
+            except (aiohttp.ClientError, OSError) as error:
                 self.broken = True
                 raise translate(error, self._engine) from error
-            if chunk is None:
-                return
-            yield chunk
+            finally:
+                stopwatch.go_on()
+            if chunk:
+                yield chunk
 
     async def read(self) -> bytes:
         """The whole body. Raises UpstreamError."""
@@ -71,26 +89,30 @@ class Upstream:
 
     def __init__(self, name: str, settings: UpstreamSettings, environ: Mapping[str, str]) -> None:
         self._name = name
+        self._settings = settings
         self._replaces_key = settings.api_key_env is not None
         self._key = environ.get(settings.api_key_env or "")
         if self._replaces_key and not self._key:
             raise ConfigError(f"`api_key_env` of upstream `{name}` names {settings.api_key_env}, which is not set")
-        self._client = _client(settings, kept=_KEPT)
-        self._fresh = _client(settings, kept=0)
+        self._clients: dict[bool, aiohttp.ClientSession] = {}
+        """By whether a request gets a connection of its own."""
 
     async def aclose(self) -> None:
-        await self._client.aclose()
-        await self._fresh.aclose()
+        for client in self._clients.values():
+            await client.close()
 
-    async def get(self, path: str, authorization: str | None = None, timeout_s: float | None = None) -> httpx.Response:
-        """A small answer, whole. Raises UpstreamError."""
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
+    async def get(self, path: str, authorization: str | None = None, timeout_s: float | None = None) -> SmallAnswer:
+        """A small answer, whole. Raises UpstreamError, and ApiError 400 where the Authorization cannot be written."""
         try:
-            return await self._client.get(path, headers=self._authorized(authorization), timeout=timeout)
-        except httpx.HTTPError as error:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client().get(self._url(path), headers=self._authorized(authorization)) as response,
+            ):
+                return SmallAnswer(response.status, await response.read(), _content_type(response))
+        except (aiohttp.ClientError, OSError) as error:
             raise translate(error, self._name) from error
 
-    async def status(self, max_age_s: int = 0) -> httpx.Response:
+    async def status(self, max_age_s: int = 0) -> SmallAnswer:
         """What the engine's workers guard with; with `max_age_s` an older answer will do, while the same guard is on.
         Raises UpstreamError."""
         path = f"{STATUS_PATH}?{STATUS_AGE}={max_age_s}" if max_age_s else STATUS_PATH
@@ -109,57 +131,75 @@ class Upstream:
         """Send a request and wait for the head of its answer. Leaving the context early cancels it upstream.
 
         `fresh`: over a connection of its own, because kept ones may all be dead. Of the client's headers only its
-        Authorization goes along. Raises UpstreamError.
+        Authorization goes along. Raises UpstreamError, and ApiError 400 where that header cannot be written.
         """
         headers = self._authorized(authorization)
         headers["content-type"] = "application/json"
         headers["x-request-id"] = request_id
         headers[REQUEST_HEADER] = "1"
         way = _Way(stopwatch)
-        client = self._fresh if fresh else self._client
-        request = client.build_request("POST", path, content=body, headers=headers, extensions={"trace": way.trace})
         try:
-            response = await client.send(request, stream=True)
-        except httpx.HTTPError as error:
+            response = await self._client(fresh).post(
+                self._url(path), data=body, headers=headers, allow_redirects=False, trace_request_ctx=way
+            )
+        except (aiohttp.ClientError, OSError) as error:
             raise translate(error, self._name, way) from error
         try:
             yield Answer(response, stopwatch, self._name)
         finally:
-            await response.aclose()
+            # One whose answer was read to its end has let go of its connection already; another's is of no more use.
+            response.close()
 
-    def _authorized(self, authorization: str | None) -> httpx.Headers:
+    def _client(self, fresh: bool = False) -> aiohttp.ClientSession:
+        """Made when it is first needed: it belongs to the event loop that it is made in."""
+        if fresh not in self._clients:
+            self._clients[fresh] = _session(self._settings, fresh)
+        return self._clients[fresh]
+
+    def _url(self, path: str) -> URL:
+        return URL(self._settings.url + path, encoded=True)
+
+    def _authorized(self, authorization: str | None) -> dict[str, str]:
         value = f"Bearer {self._key}" if self._replaces_key else authorization
-        # As the bytes came: a header need not be ASCII.
-        return httpx.Headers({"authorization": value} if value else {}, encoding="latin-1")
+        if not value:
+            return {}
+        try:
+            # As the bytes came: aiohttp writes UTF-8, Starlette read Latin-1.
+            return {"authorization": value.encode("latin-1").decode()}
+        except UnicodeError:
+            raise bad_request("The `Authorization` header is not UTF-8.", "authorization") from None
 
 
-def _client(settings: UpstreamSettings, kept: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=settings.url,
-        # Proxies and certificates of the environment are for the internet; the engine is next door.
-        trust_env=False,
-        timeout=httpx.Timeout(settings.read_timeout_s, connect=settings.connect_timeout_s),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=_KEEP_ALIVE_S),
+def _session(settings: UpstreamSettings, fresh: bool) -> aiohttp.ClientSession:
+    # How many requests an engine is sent at a time is not for its connections to say.
+    if fresh:
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    else:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(
+            total=None, sock_connect=settings.connect_timeout_s, sock_read=settings.read_timeout_s
+        ),
         headers={"user-agent": "undertow", "accept-encoding": "identity"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        read_bufsize=_BUFFER_BYTES,
+        max_line_size=_HEADER_BYTES,
+        max_field_size=_HEADER_BYTES,
+        trace_configs=[_tracing()],
     )
 
 
 class _Way:
-    """How far a request came, as the HTTP client's trace hook tells."""
+    """How far a request came, as the HTTP client's trace hooks tell."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
-        self._stopwatch = stopwatch
+        self.stopwatch = stopwatch
         self.fresh = False
         """Its connection was made for it."""
         self.sent = False
-        """All of it was written: the engine may have begun."""
-
-    async def trace(self, event: str, info: dict[str, Any]) -> None:
-        if event == "connection.connect_tcp.complete":
-            self.fresh = True
-        elif event == "http11.send_request_body.complete":
-            self.sent = True
-        await self._stopwatch.trace(event, info)
+        """Some of it was written: the engine may have begun."""
 
     @property
     def repeat(self) -> Repeat:
@@ -167,16 +207,49 @@ class _Way:
         return "safe" if not self.sent else "never" if self.fresh else "once"
 
 
-def translate(error: httpx.HTTPError, engine: str, way: _Way | None = None) -> UpstreamError:
-    """httpx's errors by what they mean for a request. Their text can hold a URL, never a body or a key."""
+def _tracing() -> aiohttp.TraceConfig:
+    """Hooks that tell a request's `_Way`, if it has one. What they do not count as waiting is work of this process."""
+
+    async def connecting(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        if (way := context.trace_request_ctx) is not None:
+            way.stopwatch.wait()
+
+    async def connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        if (way := context.trace_request_ctx) is not None:
+            way.stopwatch.go_on()
+            way.fresh = True
+
+    async def sending(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        if (way := context.trace_request_ctx) is not None:
+            way.stopwatch.wait()
+            way.sent = True
+
+    async def answered(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        if (way := context.trace_request_ctx) is not None:
+            way.stopwatch.go_on()
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_create_start.append(connecting)
+    tracing.on_connection_create_end.append(connected)
+    tracing.on_request_chunk_sent.append(sending)
+    tracing.on_request_end.append(answered)
+    return tracing
+
+
+def _content_type(response: aiohttp.ClientResponse) -> str:
+    return response.headers.get("content-type", "application/octet-stream")
+
+
+def translate(error: Exception, engine: str, way: _Way | None = None) -> UpstreamError:
+    """aiohttp's errors by what they mean for a request. Their text can hold a URL, never a body or a key."""
     name = type(error).__name__
     match error:
-        case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout():
+        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
             detail = f"no connection to the engine ({name})"
             return UpstreamError("connect", detail, engine=engine, repeat="safe")
-        case httpx.TimeoutException():
+        case TimeoutError():
             return UpstreamError("timeout", f"the engine was silent for too long ({name})", engine=engine)
-        case httpx.LocalProtocolError():
+        case aiohttp.InvalidURL():
             return UpstreamError("protocol", f"the request could not be written ({name})", engine=engine)
         case _:
             repeat = way.repeat if way else "never"

@@ -88,7 +88,7 @@ def engine(played: tuple[FakeEngine, Host]) -> FakeEngine:
     engine.script = Script()
     engine.bodies.clear()
     engine.headers.clear()
-    engine.aborted = 0
+    engine.aborted = engine.sent = 0
     return engine
 
 

@@ -119,6 +119,8 @@ class FakeEngine:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.aborted = 0
+        self.sent = 0
+        """Bytes of streams that its connections took."""
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -184,6 +186,7 @@ class _Played(Response):
             await send(_start(200, "text/event-stream; charset=utf-8", {}))
             async for part in play.events():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
+                self._engine.sent += len(part)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             return
         content = play.full()

@@ -356,10 +356,19 @@ def test_the_engine_gets_the_policy_and_the_reserved_token_and_the_clients_field
 
 def test_an_authorization_that_is_not_ascii_reaches_the_engine_as_it_came(engine: FakeEngine, enforce: Proxy) -> None:
     with httpx.Client(base_url=enforce.url, verify=False) as client:
-        headers = {b"authorization": b"Bearer caf\xe9"}
+        headers = {b"authorization": "Bearer caf\xe9".encode()}
         answer = client.post(CHAT, json=chat_body(), headers=headers)
     assert answer.status_code == 200
-    assert engine.headers[-1]["authorization"] == "Bearer caf\xe9"
+    assert engine.headers[-1]["authorization"].encode("latin-1").decode() == "Bearer caf\xe9"
+
+
+def test_an_authorization_that_is_not_utf_8_reaches_nobody(engine: FakeEngine, enforce: Proxy) -> None:
+    with httpx.Client(base_url=enforce.url, verify=False) as client:
+        answer = client.post(CHAT, json=chat_body(), headers={b"authorization": b"Bearer caf\xe9"})
+        models = client.get("/v1/models", headers={b"authorization": b"Bearer caf\xe9"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "authorization")
+    assert (models.status_code, models.json()["error"]["param"]) == (400, "authorization")
+    assert engine.bodies == engine.headers == []
 
 
 @pytest.mark.parametrize("given", ["evil id", "http://10.0.0.1/", "a" * 65, "a_b"])

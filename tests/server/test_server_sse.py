@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,32 @@ def test_any_split_of_the_bytes_gives_the_same_events(stream: bytes, cuts: list[
 @given(STREAM)
 def test_byte_by_byte_gives_the_same_events(stream: bytes) -> None:
     assert parse(*(stream[index : index + 1] for index in range(len(stream)))) == parse(stream)
+
+
+@pytest.mark.parametrize(
+    "received",
+    [
+        b"data: a\n\n",
+        b"data: \n\n",
+        b"data:a\n\n",
+        b"data: a\r\n\n",
+        b"data: a\rb\n\n",
+        b"data: a\n\r\n",
+        b"data: a\ndata: b\n\n",
+        b"data: a\n\ndata: b\n\n",
+        b"data: a\n",
+        b"data: \n",
+        b"data: a\n\n\n",
+        b": data: a\n\n",
+        b"\ndata: a\n\n",
+    ],
+)
+def test_an_event_that_comes_alone_is_read_as_one_that_comes_in_pieces(received: bytes) -> None:
+    for before in (b"", b"id: 1\n", b"data: x\n", b": y\n"):
+        together, pieces = EventParser(), EventParser()
+        assert together.feed(before) + together.feed(received) + together.feed(b"data: z\n\n") == [
+            event for byte in before + received + b"data: z\n\n" for event in pieces.feed(bytes([byte]))
+        ]
 
 
 def test_an_event_keeps_its_bytes_and_leaves_comments_out() -> None:
