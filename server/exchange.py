@@ -88,7 +88,7 @@ class Exchange(Response):
         try:
             body = await read_body(self._request, self._force.limits)
             self._stopwatch = Stopwatch()
-            self._call = self._protocol.read(body, self._force.limits.max_sequences)
+            self._call = self._protocol.read(body, self._force.terms)
             ruling = rule(self._force.rulings, self._endpoint.name, self._call.fields.get("model"), None)
             await unless_gone(receive, self._gateway.drain.bounded(self._serve(self._call, ruling, reply)))
         except (ClientGone, ClientDisconnect):

@@ -7,6 +7,7 @@ from typing import Self
 
 from server.config.sections import Limits
 from server.config.settings import Settings
+from server.protocols.openai import Terms
 from server.ruling import Rulings
 
 
@@ -16,11 +17,13 @@ class InForce:
 
     settings: Settings
     rulings: Rulings
+    terms: Terms
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """What these settings say."""
-        return cls(settings, Rulings(settings))
+        terms = Terms(settings.limits.max_sequences, frozenset(settings.endpoints.template_arguments))
+        return cls(settings, Rulings(settings), terms)
 
     @property
     def limits(self) -> Limits:

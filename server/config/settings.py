@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from guard.errors import ConfigError
 from server.config.document import check, override, read_document
+from server.config.endpoints import Endpoints
 from server.config.policies import PolicySettings
 from server.config.rules import Name, Rule
 from server.config.sections import Limits, Listen, Log, Shutdown
@@ -58,6 +59,7 @@ class Settings(Strict):
         "tenant, then one with a model (a name before a pattern, a longer pattern before a shorter), then one with an "
         "endpoint. Two that match alike are an error.",
     )
+    endpoints: Endpoints = Endpoints()
     limits: Limits = Limits()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()

@@ -1,8 +1,9 @@
 """OpenAI's two completion shapes, and the fields of them that belong to the guard.
 
 `read_call` turns a client's body into a `Call`: what is asked for, and how many sequences of evidence must come back.
-`Call.upstream_body` is what goes to vLLM. Fields that this module reads are checked strictly, because vLLM reads them
-leniently: a `stream: "yes"` that vLLM takes for true and we for false would pass unguarded.
+`Call.upstream_body` is what goes to vLLM: of the client's fields those that `accepted` passes on. Fields that this
+module reads are checked strictly, because vLLM reads them leniently: a `stream: "yes"` that vLLM takes for true and we
+for false would pass unguarded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from uuid import uuid4
 from guard.evidence import POLICY_ARGUMENT
 from guard.policy import Policy
 from server.errors import ApiError, bad_request
+from server.protocols.accepted import TEXT_FIELDS, chat_fields
+from server.protocols.fields import mapping
 
 EndpointName = Literal["chat_completions", "completions"]
 
@@ -37,19 +40,18 @@ class Endpoint:
 CHAT = Endpoint("chat_completions", "/v1/chat/completions", "/v1/chat/completions", "messages", chat=True)
 TEXT = Endpoint("completions", "/v1/completions", "/v1/completions", "prompt", chat=False)
 
-REFUSED: Mapping[str, str] = {
-    "chat_template": "it would change which tokens the guard decides at",
-    "prompt_embeds": "embeddings cannot be scored",
-    "kv_transfer_params": "scores do not travel with a transferred cache",
-    "ec_transfer_params": "scores do not travel with a transferred cache",
-    "use_beam_search": "beam search cannot be scored yet",
-}
-"""Fields that would weaken the guard or make the engine reach out, and why. Null and false are let pass."""
-
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
-_REFUSED_TEMPLATE_ARGUMENTS = ("chat_template", "tokenize")
-_REFUSED_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
 _MODEL_NAME_LIMIT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the settings let one request ask for."""
+
+    max_sequences: int = 64
+    """Most answers, prompts times `n`. The evidence of each rides in one header of the engine's answer, and headers
+    have their limits."""
+    template_arguments: frozenset[str] = frozenset()
+    """Keys of `chat_template_kwargs` that it may set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Call:
 
     endpoint: Endpoint
     fields: dict[str, Any]
-    """The client's body, unchanged."""
+    """What of it goes on to the engine, as it came."""
     stream: bool
     wants_usage: bool
     """The client asked for the usage chunk at the end of a stream."""
@@ -92,7 +94,7 @@ class Call:
         if policy.steers:
             # What is computed under steering must be found by nobody else: vLLM's cache looks for tokens and salt.
             fields["cache_salt"] = uuid4().hex
-        fields["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), POLICY_ARGUMENT: policy.to_wire()}
+        fields["vllm_xargs"] = {POLICY_ARGUMENT: policy.to_wire()}
         if self.stream:
             options = dict(fields.get("stream_options") or {})
             if not self.wants_usage:
@@ -102,30 +104,28 @@ class Call:
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
-def read_call(endpoint: Endpoint, body: bytes, max_sequences: int = 64) -> Call:
-    """Read a client's body. Raises ApiError 400 that names the field.
+def read_call(endpoint: Endpoint, body: bytes, terms: Terms = Terms()) -> Call:
+    """Read a client's body. Raises ApiError 400 that names the field."""
+    return read_fields(endpoint, parse(body), terms)
 
-    `max_sequences`: most answers that one request may ask for, prompts times `n`. The evidence of each rides in one
-    header of the engine's answer, and headers have their limits.
-    """
-    fields = _parse(body)
-    for name, reason in REFUSED.items():
-        if fields.get(name) not in (None, False):
-            raise bad_request(f"`{name}` is not accepted here: {reason}.", name)
-    _check_arguments(fields)
+
+def read_fields(endpoint: Endpoint, asked: Mapping[str, Any], terms: Terms) -> Call:
+    """The same of a body that is an object already."""
+    accepted = chat_fields(terms.template_arguments) if endpoint.chat else TEXT_FIELDS
+    fields = accepted.accept(asked)
     stream = _boolean(fields, "stream")
-    options = _mapping(fields, "stream_options")
+    options = mapping(fields.get("stream_options"), "stream_options")
     stops = fields.get("stop_token_ids")
     if stops is not None and not (isinstance(stops, list) and all(type(stop) is int for stop in stops)):
         raise bad_request("`stop_token_ids` must be a list of integers.", "stop_token_ids")
     n = fields.get("n")
     if n is not None and (type(n) is not int or n < 1):
         raise bad_request("`n` must be an integer of at least 1.", "n")
-    if endpoint.chat:
-        _check_messages(fields.get("messages"))
+    if endpoint.chat and not isinstance(fields.get("messages"), list):
+        raise bad_request("`messages` must be a list.", "messages")
     prompts = 1 if endpoint.chat else _count_prompts(fields.get("prompt"))
-    if prompts * (n or 1) > max_sequences:
-        raise bad_request(f"One request may ask for {max_sequences} answers at most (prompts times `n`).", "n")
+    if prompts * (n or 1) > terms.max_sequences:
+        raise bad_request(f"One request may ask for {terms.max_sequences} answers at most (prompts times `n`).", "n")
     return Call(
         endpoint=endpoint,
         fields=fields,
@@ -136,7 +136,9 @@ def read_call(endpoint: Endpoint, body: bytes, max_sequences: int = 64) -> Call:
     )
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def parse(body: bytes) -> dict[str, Any]:
+    """A body as an object. Raises ApiError 400."""
+
     def refuse(constant: str) -> NoReturn:
         raise ValueError(constant)
 
@@ -147,26 +149,6 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise bad_request("The body must be a JSON object.")
     return fields
-
-
-def _check_arguments(fields: Mapping[str, Any]) -> None:
-    for key in _mapping(fields, "vllm_xargs"):
-        if key.lower().startswith("undertow") or key in _REFUSED_ARGUMENTS:
-            raise bad_request(f"`vllm_xargs.{key[:64]}` belongs to the server.", "vllm_xargs")
-    for key in _mapping(fields, "chat_template_kwargs"):
-        if key in _REFUSED_TEMPLATE_ARGUMENTS:
-            raise bad_request(f"`chat_template_kwargs.{key}` is not accepted here.", "chat_template_kwargs")
-
-
-def _check_messages(messages: object) -> None:
-    """Only text: the calibration knows nothing else, and vLLM fetches the URLs of other parts."""
-    if not isinstance(messages, list):
-        raise bad_request("`messages` must be a list.", "messages")
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") not in _TEXT_PARTS:
-                raise bad_request("Only text parts are accepted in `messages`.", "messages")
 
 
 def _count_prompts(prompt: object) -> int:
@@ -189,15 +171,6 @@ def _boolean(fields: Mapping[str, Any], name: str, full_name: str | None = None)
     if value is None or isinstance(value, bool):
         return bool(value)
     raise bad_request(f"`{full_name or name}` must be true or false.", full_name or name)
-
-
-def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = fields.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise bad_request(f"`{name}` must be an object.", name)
-    return value
 
 
 def new_head(call: Call) -> dict[str, Any]:

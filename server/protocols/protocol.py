@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from server.errors import ApiError
-from server.protocols.openai import Call, Endpoint
+from server.protocols.openai import Call, Endpoint, Terms
 
 
 class StreamWriter(typing.Protocol):
@@ -28,8 +28,8 @@ class Protocol:
     """What one endpoint's clients ask, and the shape of everything that they are told."""
 
     endpoint: Endpoint
-    read: Callable[[bytes, int], Call]
-    """A client's body, and the most sequences that it may ask for. Raises ApiError 400 that names the field."""
+    read: Callable[[bytes, Terms], Call]
+    """A client's body. Raises ApiError 400 that names the field."""
     whole: Callable[[Call, bytes], bytes]
     """A whole answer from a completion that may be released. Raises UpstreamError where that is none."""
     stream: Callable[[Call], StreamWriter]

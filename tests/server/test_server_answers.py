@@ -341,13 +341,14 @@ def test_the_engine_gets_the_policy_and_the_reserved_token_and_the_clients_field
 ) -> None:
     enforce.post(
         CHAT,
-        chat_body(stop_token_ids=[5], vllm_xargs={"mine": 1}, cache_salt="s", some_new_field={"deep": [1]}),
+        chat_body(stop_token_ids=[5], cache_salt="s", logit_bias={"3": 1.5}, user="u", metadata={"a": "b"}),
         {"x-request-id": "mine-1", "cookie": "c=1", "x-forwarded-for": "6.6.6.6"},
     )
     sent, headers = engine.bodies[-1], engine.headers[-1]
     assert sent["stop_token_ids"] == [5, RESERVED]
-    assert sent["vllm_xargs"] == {"mine": 1, "undertow_policy": Policy().to_wire()}
-    assert (sent["cache_salt"], sent["some_new_field"]) == ("s", {"deep": [1]})
+    assert sent["vllm_xargs"] == {"undertow_policy": Policy().to_wire()}
+    assert (sent["cache_salt"], sent["logit_bias"]) == ("s", {"3": 1.5})
+    assert not {"user", "metadata"} & sent.keys(), "nobody there would heed them"
     assert headers["authorization"] == f"Bearer {KEY}"
     assert headers["x-undertow-evidence"] == "1"
     assert headers["x-request-id"] == "mine-1"

@@ -43,7 +43,10 @@ def test_the_shipped_file_names_every_variable_that_overrides_it() -> None:
         ("version: 2", "`version`: found 2; expected 1"),
         ("listen: {}", "`version`: missing; expected 1"),
         ("version: 1\nlisten: {port: 99999}", "`listen.port`: found 99999; expected less than or equal to 65535"),
-        ("version: 1\nupstreem: {}", "`upstreem`: unknown key; expected one of limits, listen, log, policies, policy"),
+        (
+            "version: 1\nupstreem: {}",
+            "`upstreem`: unknown key; expected one of endpoints, limits, listen, log, policies, policy",
+        ),
         ("version: 1\nupstream: {uri: x}", "`upstream.uri`: unknown key; expected one of api_key_env"),
         ("version: 1\nupstream: {url: 'ftp://x'}", "`upstream.url`: found 'ftp://x'; expected http://HOST:PORT"),
         ("version: 1\nupstream: {url: 'http://x/v1'}", "expected no path"),

@@ -75,7 +75,12 @@ def plays(draw: st.DrawFn) -> tuple[Call, Play, list[bytes]]:
         logprobs=draw(st.booleans()),
     )
     options = {"include_usage": True, "continuous_usage_stats": draw(st.booleans())}
-    body = {"n": n, "stream": True, "stream_options": options, "messages": [], "prompt": "p"}
+    body = {
+        "n": n,
+        "stream": True,
+        "stream_options": options,
+        **({"messages": []} if endpoint.chat else {"prompt": "p"}),
+    }
     call = read_call(endpoint, json.dumps(body).encode())
     play = Play(script, json.loads(call.upstream_body(Policy(), RESERVED)), endpoint.chat)
     *chunks, usage = play.data_events()

@@ -1,0 +1,31 @@
+"""What clients may ask for beyond completions, and within them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from server.config.strict import Strict
+
+_NEVER = ("chat_template", "tokenize")
+"""They decide which tokens the guard decides at."""
+
+
+def _harmless(name: str) -> str:
+    if name in _NEVER:
+        raise ValueError(f"`{name}` changes which tokens the guard decides at; expected another one")
+    return name
+
+
+TemplateArgument = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"), AfterValidator(_harmless)]
+
+
+class Endpoints(Strict):
+    """What clients may ask for beyond what every client may."""
+
+    template_arguments: tuple[TemplateArgument, ...] = Field(
+        default=(),
+        description="Keys of `chat_template_kwargs` that a request may set, to text, a number, true or false: such as "
+        "`enable_thinking`. Calibrate with what clients will set.",
+    )
