@@ -20,7 +20,7 @@ from guard.errors import ConfigError
 
 RELOAD_PATH = "/undertow/reload"
 TOKEN_VARIABLE = "UNDERTOW_ADMIN_TOKEN"
-TOKEN_FILE_VARIABLE = "UNDERTOW_ADMIN_TOKEN_FILE"
+TOKEN_FILE_VARIABLE = f"{TOKEN_VARIABLE}_FILE"
 SHORTEST_TOKEN = 16
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -56,17 +56,24 @@ class Loaded(_Wire):
 
 
 def admin_token(environ: Mapping[str, str]) -> bytes | None:
-    """The secret of whoever may change a running engine; None where none is configured.
+    """The secret of whoever may change a running engine; None where none is configured. Raises ConfigError."""
+    return read_token(environ, TOKEN_VARIABLE)
+
+
+def read_token(environ: Mapping[str, str], variable: str) -> bytes | None:
+    """A secret from a variable, or from the file that the variable of that name with `_FILE` behind it names; None
+    where neither is set.
 
     Raises:
-        ConfigError: two are configured, a file cannot be read, or a token is too short. Never with the token.
+        ConfigError: both are set, a file cannot be read, or a token is too short. Never with the token.
     """
-    text, file = environ.get(TOKEN_VARIABLE), environ.get(TOKEN_FILE_VARIABLE)
+    file_variable = f"{variable}_FILE"
+    text, file = environ.get(variable), environ.get(file_variable)
     if text is not None and file is not None:
-        raise ConfigError(f"{TOKEN_VARIABLE} and {TOKEN_FILE_VARIABLE} are both set; expected one of them")
-    source = TOKEN_VARIABLE
+        raise ConfigError(f"{variable} and {file_variable} are both set; expected one of them")
+    source = variable
     if file is not None:
-        source = f"{TOKEN_FILE_VARIABLE}: {file}"
+        source = f"{file_variable}: {file}"
         try:
             text = Path(file).read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:

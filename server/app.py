@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Mapping
 from fastapi import FastAPI
 
 from guard.version import VERSION
+from server.admin.access import operator_token
+from server.admin.app import create_admin
 from server.config.settings import Settings
 from server.drain import Drain
 from server.exchange import Gateway
@@ -24,10 +26,19 @@ from server.upstreams.engine import Engine
 from server.upstreams.fleet import Fleet
 
 
-def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> FastAPI:
-    """An app with its own metrics and its own connections. `environ` holds the keys that `api_key_env` names.
+class Undertow(FastAPI):
+    """The clients' app."""
 
-    Raises ConfigError where such a variable is not set.
+    admin: FastAPI
+    """The operators', for a port of its own in the same loop."""
+    drain: Drain
+    """How it ends."""
+
+
+def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> Undertow:
+    """An app with its own metrics and its own connections. `environ` holds the secrets that the settings name.
+
+    Raises ConfigError where one of them is not set.
     """
     metrics = Metrics(VERSION)
     live = Live(InForce.of(settings))
@@ -48,9 +59,10 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> F
         await fleet.aclose()
 
     # No generated documentation: it would describe bodies that belong to vLLM.
-    app = FastAPI(title="Undertow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = Undertow(title="Undertow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False
     app.include_router(build_router(gateway, readiness))
     install_error_handlers(app, metrics)
-    app.state.drain = drain
+    app.drain = drain
+    app.admin = create_admin(metrics, readiness, operator_token(settings.admin, environ))
     return app

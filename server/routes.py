@@ -19,11 +19,10 @@ from server.telemetry.metrics import EndpointLabel, Metrics, Outcome
 from server.upstreams.listing import list_models
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
-    """The guarded endpoints, the list of models, and what operators ask for."""
+    """The guarded endpoints, the list of models, and what a load balancer asks for."""
     router = APIRouter(redirect_slashes=False)
 
     for protocol in PROTOCOLS:
@@ -50,12 +49,10 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
 
     @router.get("/readyz")
     async def readyz() -> Response:
-        report = await readiness.check()
-        return Response(report.body(), 200 if report.ready else 503, media_type="application/json")
-
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        return Response(gateway.metrics.expose(), media_type=_METRICS_TYPE)
+        # Why not is for operators: on the admin port.
+        ready = (await readiness.check()).ready
+        body = b'{"ready": true}' if ready else b'{"ready": false}'
+        return Response(body, 200 if ready else 503, media_type="application/json")
 
     return router
 

@@ -73,10 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
         ) as engine,
     ):
         engine.wait_until_up()
-        with serving(settings(engine.url, arguments.port)) as url:
+        values = settings(engine.url, arguments.port)
+        with serving(values) as url:
             right = show(url, engine.url, organism)
             if not arguments.once:
-                keep_serving(url, organism)
+                keep_serving(url, values, organism)
     return 0 if right else 1
 
 
@@ -132,6 +133,7 @@ def undertow(*arguments: object) -> None:
 
 def settings(engine_url: str, port: int) -> Settings:
     """The settings that a new user has: block on density at 1%."""
+    from server.config.admin import AdminSettings
     from server.config.sections import Listen, Log
     from server.config.settings import Settings
     from server.config.upstream import UpstreamSettings
@@ -139,6 +141,7 @@ def settings(engine_url: str, port: int) -> Settings:
     return Settings(
         version=1,
         listen=Listen(port=port or free_port()),
+        admin=AdminSettings(port=free_port()),
         upstream=UpstreamSettings(url=engine_url),
         log=Log(level="error"),
     )
@@ -148,13 +151,13 @@ def settings(engine_url: str, port: int) -> Settings:
 def serving(values: Settings) -> Iterator[str]:
     """The server in a thread of this process; yields its URL once it is ready to judge."""
     import httpx
-    import uvicorn
 
-    from server.commands.serve import make_server
+    from server.app import create_app
+    from server.listeners import make_server
     from server.telemetry.logs import configure
 
     configure(values.log.level)
-    server: uvicorn.Server = make_server(values)
+    server = make_server(create_app(values), values)
     thread = threading.Thread(target=server.run, name="undertow-server", daemon=True)
     thread.start()
     url = f"http://{values.listen.host}:{values.listen.port}"
@@ -165,7 +168,7 @@ def serving(values: Settings) -> Iterator[str]:
             if not thread.is_alive():
                 raise EngineError(f"the server could not listen at {url}: is the port taken? See `--port`")
             try:
-                ready = httpx.get(f"{url}/readyz", timeout=10)
+                ready = httpx.get(f"{operators(values)}/readyz", timeout=10)
             except httpx.TransportError:
                 continue
             if ready.is_success:
@@ -216,13 +219,20 @@ def show(url: str, engine_url: str, organism: Organism) -> bool:
     return right
 
 
-def keep_serving(url: str, organism: Organism) -> None:
+def operators(values: Settings) -> str:
+    """Where metrics and readiness are."""
+    return f"http://{values.admin.host}:{values.admin.port}"
+
+
+def keep_serving(url: str, values: Settings, organism: Organism) -> None:
     """Say how to use it, and stay until Ctrl-C."""
     body = {
         "model": organism.backdoored.name,
         "messages": [{"role": "user", "content": questions(organism)[2].text}],
     }
-    print(f"\nserving at {url}/v1 (metrics at {url}/metrics); point a chat client's base URL there, or:\n")
+    print(
+        f"\nserving at {url}/v1 (metrics at {operators(values)}/metrics); point a chat client's base URL there, or:\n"
+    )
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'\n")
     print("Ctrl-C ends it.", flush=True)
     try:

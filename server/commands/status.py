@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  undertow status                                     vLLM on port 8000, the server on port 8080
+  undertow status                                     vLLM on port 8000, the server's operators on port 8081
   undertow status --engine http://gpu-1:8000 --no-server
   undertow status --json
 
@@ -35,7 +36,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", default="http://127.0.0.1:8000", metavar="URL", help="of vLLM (%(default)s)")
-    parser.add_argument("--server", default="http://127.0.0.1:8080", metavar="URL", help="of the server (%(default)s)")
+    parser.add_argument(
+        "--server",
+        default="http://127.0.0.1:8081",
+        metavar="URL",
+        help="of the server, where operators reach it (%(default)s)",
+    )
+    parser.add_argument(
+        "--token-env",
+        default="UNDERTOW_OPERATOR_TOKEN",
+        metavar="NAME",
+        help="the variable that holds the operators' token, where the server asks for one (%(default)s)",
+    )
     parser.add_argument("--no-server", action="store_true", help="ask the engine alone")
     parser.add_argument("--json", action="store_true", help="print both answers as one JSON object")
     parser.set_defaults(run=run)
@@ -43,10 +55,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print both. Raises ConfigError for an address that is none, EngineError where nobody answers."""
+    from guard.control import read_token
+    from guard.errors import EngineError
     from guard.evidence import COVERAGE, STATUS_PATH, VERDICTS, Status
 
     status = Status.from_json(_get(arguments.engine, STATUS_PATH, "engine", good=(200,)))
-    ready = None if arguments.no_server else json.loads(_get(arguments.server, "/readyz", "server", good=(200, 503)))
+    ready = None
+    if not arguments.no_server:
+        token = read_token(os.environ, arguments.token_env)
+        ready = json.loads(_get(arguments.server, "/readyz", "server", good=(200, 503), token=token))
+        if "engines" not in ready:
+            raise EngineError(f"{arguments.server}: is where clients reach the server; expected where operators do")
     apart = status.apart((*COVERAGE, *VERDICTS))
     if arguments.json:
         print(json.dumps({"engine": status.model_dump(mode="json"), "server": ready}, indent=1))
@@ -121,18 +140,20 @@ def _canary(canary: dict[str, Any] | None) -> str:
     return f"{canary['at']}, {result}, {canary['seconds']:.2f} s, generation {canary['generation']}"
 
 
-def _get(address: str, path: str, whose: str, good: tuple[int, ...]) -> bytes:
+def _get(address: str, path: str, whose: str, good: tuple[int, ...], token: bytes | None = None) -> bytes:
     import httpx
 
     from guard.errors import ConfigError, EngineError
 
+    headers = {} if token is None else {"authorization": f"Bearer {token.decode()}"}
     try:
-        response = httpx.get(f"{address.rstrip('/')}{path}", timeout=TIMEOUT_S)
+        response = httpx.get(f"{address.rstrip('/')}{path}", headers=headers, timeout=TIMEOUT_S)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise ConfigError(f"--{whose}: {address}, expected a URL such as http://127.0.0.1:8000") from error
     except httpx.HTTPError as error:
         raise EngineError(f"{address}: the {whose} does not answer: {error}") from error
     if response.status_code not in good:
         hint = "; is it guarded?" if whose == "engine" and response.status_code == 404 else ""
+        hint = "; the operators' token is missing or wrong" if response.status_code == 401 else hint
         raise EngineError(f"{address}{path}: the {whose} answered {response.status_code}{hint}")
     return response.content

@@ -47,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings and policy (default: block at 1%%)")
     parser.add_argument("--host", help="where the server listens (default: as in the settings, 127.0.0.1)")
     parser.add_argument("--port", type=_port, help="where the server listens (default: as in the settings, 8080)")
+    parser.add_argument("--admin-port", type=_port, help="where operators reach it (default: as in the settings, 8081)")
     parser.add_argument(
         "--vllm-port", type=_port, default=8000, metavar="PORT", help="where vLLM listens (default 8000)"
     )
@@ -154,9 +155,14 @@ def _settings(arguments: argparse.Namespace, url: str, fingerprint: str | None) 
     # Whoever may change the engine's bank while it runs decides which one is right; the settings' own pin stays.
     pinned = settings.upstream.fingerprint if admin_token(os.environ) else fingerprint
     listen = settings.listen.model_dump() | {key: value for key, value in flags.items() if value is not None}
+    port = settings.admin.port if arguments.admin_port is None else arguments.admin_port
     upstream = settings.upstream.model_dump() | {"url": url, "fingerprint": pinned}
     return settings.model_copy(
-        update={"listen": Listen.model_validate(listen), "upstream": UpstreamSettings.model_validate(upstream)}
+        update={
+            "listen": Listen.model_validate(listen),
+            "admin": settings.admin.model_copy(update={"port": port}),
+            "upstream": UpstreamSettings.model_validate(upstream),
+        }
     )
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from guard.errors import ConfigError
+from server.config.admin import AdminSettings
 from server.config.document import check, override, read_document
 from server.config.endpoints import Endpoints
 from server.config.policies import PolicySettings
@@ -23,6 +24,8 @@ from server.config.upstream import EngineName, UpstreamSettings
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "UNDERTOW_LISTEN_HOST": ("listen", "host"),
     "UNDERTOW_LISTEN_PORT": ("listen", "port"),
+    "UNDERTOW_ADMIN_HOST": ("admin", "host"),
+    "UNDERTOW_ADMIN_PORT": ("admin", "port"),
     "UNDERTOW_UPSTREAM_URL": ("upstream", "url"),
     "UNDERTOW_UPSTREAM_FINGERPRINT": ("upstream", "fingerprint"),
     "UNDERTOW_POLICY_MODE": ("policy", "mode"),
@@ -40,6 +43,7 @@ class Settings(Strict):
 
     version: Literal[1] = Field(description="Of this file's shape.")
     listen: Listen = Listen()
+    admin: AdminSettings = AdminSettings()
     upstream: UpstreamSettings = Field(
         default=UpstreamSettings(), description="The only engine: short for `upstreams` with one of the name `main`."
     )

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from server.config.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
@@ -121,15 +123,16 @@ class TestService:
             source, mode = volume.partition(":")[0], volume.rpartition(":")[2]
             if source.startswith("."):
                 assert mode == "ro", volume
-                # ./data holds the operator's model, bank and calibration.
-                assert source == "./data" or (ROOT / "docker" / source).exists(), volume
+                # ./data holds the operator's model, bank and calibration; ./secrets the operators' token.
+                assert source in ("./data", "./secrets") or (ROOT / "docker" / source).exists(), volume
             else:
                 assert source in COMPOSE["volumes"], volume
 
     def test_no_secret_is_written_into_the_file(self, name: str) -> None:
         for key, value in SERVICES[name].get("environment", {}).items():
             if re.search(r"PASSWORD|SECRET|TOKEN|API_KEY", key):
-                assert str(value).startswith("${"), key
+                # In a variable of the shell, or in a file that is mounted.
+                assert str(value).startswith("${") or (key.endswith("_FILE") and value.startswith("/run/")), key
 
 
 def test_nobody_walks_around_the_guard() -> None:
@@ -185,14 +188,26 @@ def test_the_health_check_asks_for_a_path_that_the_proxy_has() -> None:
 
 def test_prometheus_scrapes_what_compose_runs() -> None:
     targets = {
-        target.split(":")[0]
+        tuple(target.split(":"))
         for job in PROMETHEUS["scrape_configs"]
         for static in job["static_configs"]
         for target in static["targets"]
     }
-    assert targets == {"undertow", "vllm"}
-    assert targets <= SERVICES.keys()
+    assert targets == {("undertow", str(Settings(version=1).admin.port)), ("vllm", "8000")}
+    assert {name for name, _ in targets} <= SERVICES.keys()
     assert all((ROOT / "deploy/prometheus" / name).exists() for name in PROMETHEUS["rule_files"])
+
+
+def test_prometheus_and_the_proxy_read_the_same_operators_token() -> None:
+    (job,) = [job for job in PROMETHEUS["scrape_configs"] if job["job_name"] == "undertow"]
+    undertow = SERVICES["undertow"]
+    assert undertow["environment"]["UNDERTOW_ADMIN_HOST"] == "0.0.0.0"
+    variable = f"{Settings(version=1).admin.token_env}_FILE"
+    assert undertow["environment"][variable] == job["authorization"]["credentials_file"]
+    mounted = [set(SERVICES[name]["volumes"]) for name in ("undertow", "prometheus")]
+    (shared,) = mounted[0] & mounted[1]
+    assert job["authorization"]["credentials_file"].startswith(shared.split(":")[1] + "/")
+    assert not any("8081" in port for port in undertow["ports"])
 
 
 def test_every_alert_says_who_wakes_up_and_where_to_look() -> None:

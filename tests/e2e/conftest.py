@@ -16,17 +16,18 @@ from unittest import mock
 
 import httpx
 import pytest
-import uvicorn
 from openai import OpenAI
 
 from guard.control import TOKEN_VARIABLE
 from guard.organisms import Organism, prompts, shipped
 from guard.verdict import DetectorName
-from server.commands.serve import make_server
+from server.app import create_app
+from server.config.admin import AdminSettings
 from server.config.sections import Listen, Log
 from server.config.settings import Settings
 from server.config.upstream import UpstreamSettings
 from server.engine_process import EngineProcess
+from server.listeners import make_server
 from tests.e2e import child
 
 ADMIN_TOKEN = "token-of-these-tests"
@@ -87,7 +88,7 @@ class Stack:
         """The sum of the samples of one name whose labels include these."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        families = text_string_to_metric_families(httpx.get(f"{operators(self.url)}/metrics").text)
         return sum(
             sample.value
             for family in families
@@ -163,6 +164,14 @@ def monitored(stack: Stack) -> Iterator[Stack]:
         yield Stack(stack.engine, stack.restart, url, stack.model)
 
 
+_OPERATORS: dict[str, str] = {}
+
+
+def operators(url: str) -> str:
+    """Where operators reach a server that `serve` started."""
+    return _OPERATORS[url]
+
+
 class serve:  # noqa: N801  (used as a function)
     """The server in a thread, on a free port; yields its URL."""
 
@@ -179,6 +188,7 @@ class serve:  # noqa: N801  (used as a function)
             {
                 "version": 1,
                 "listen": Listen(port=free_port()),
+                "admin": AdminSettings(port=free_port()),
                 "upstream": UpstreamSettings(url=upstream),
                 "policy": policy,
                 "log": Log(level="info"),
@@ -186,13 +196,15 @@ class serve:  # noqa: N801  (used as a function)
         )
 
     def __enter__(self) -> str:
-        self._server: uvicorn.Server = make_server(self._settings)
+        self._server = make_server(create_app(self._settings), self._settings)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:
             assert self._thread.is_alive(), "the server did not start"
             time.sleep(0.05)
-        return f"http://127.0.0.1:{self._settings.listen.port}"
+        url = f"http://127.0.0.1:{self._settings.listen.port}"
+        _OPERATORS[url] = f"http://127.0.0.1:{self._settings.admin.port}"
+        return url
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True

@@ -20,7 +20,7 @@ from guard.organisms import Organism
 from server.cli import main
 from server.engine_process import EngineProcess
 from tests.e2e.child import FAULT_FILE
-from tests.e2e.conftest import ENGINE_ARGUMENTS, Stack, eventually, free_port, serve, texts, wait_until_ready
+from tests.e2e.conftest import ENGINE_ARGUMENTS, Stack, eventually, free_port, operators, serve, texts, wait_until_ready
 from tests.e2e.ways import MORE_ARGUMENTS, MORE_WAYS, ends_as_blocked, is_answered_as_by_the_engine_alone
 
 CHAT = "/v1/chat/completions"
@@ -49,7 +49,7 @@ class Patient:
     def status(self, capsys: pytest.CaptureFixture[str]) -> str:
         """What `undertow status` prints of engine and server."""
         capsys.readouterr()
-        main(["status", "--engine", self.engine.url, "--server", self.enforce.url])
+        main(["status", "--engine", self.engine.url, "--server", operators(self.enforce.url)])
         printed = capsys.readouterr()
         return printed.out + printed.err
 
@@ -205,5 +205,5 @@ def test_a_worker_killed_in_the_middle_of_an_answer_lets_nothing_pass(
     eventually(lambda: told() > before)
     said = patient.status(capsys)
     assert "the engine does not answer" in said or "the engine answered 503" in said
-    ready = httpx.get(f"{patient.enforce.url}/readyz", timeout=20).json()["engines"]["main"]
+    ready = httpx.get(f"{operators(patient.enforce.url)}/readyz", timeout=20).json()["engines"]["main"]
     assert (ready["ready"], "failed" in (ready["checks"]["upstream"], ready["checks"]["guard"])) == (False, True)

@@ -21,7 +21,7 @@ from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, Evidence, Record, St
 from guard.policy import Policy
 from guard.scores import BankSpace, Moments
 from server import cli
-from tests.e2e.conftest import ADMIN_TOKEN, Stack, serve, texts, wait_until_ready
+from tests.e2e.conftest import ADMIN_TOKEN, Stack, operators, serve, texts, wait_until_ready
 
 MAX_TOKENS = 48
 CHAT = "/v1/chat/completions"
@@ -345,7 +345,7 @@ def test_status_tells_generation_coverage_and_the_last_canary(
     assert files.put(calibration=replace(Calibration.load(files.calibration), target_fpr=0.02))[0] == 0
     # What changed is in the engine's log.
     assert worker(stack).calibration in (files.calibration.parent / "vllm.log").read_text()
-    assert cli.main(["status", "--engine", stack.engine.url, "--server", stack.url]) == 0
+    assert cli.main(["status", "--engine", stack.engine.url, "--server", operators(stack.url)]) == 0
     out = capsys.readouterr().out
     found = worker(stack)
     assert f"generation         {found.generation}\n" in out

@@ -24,7 +24,7 @@ def test_one_command_starts_both_and_one_interrupt_ends_both(
     port, vllm_port = free_port(), free_port()
     words = [sys.executable, "-m", "server.cli", "up", organism.backdoored, "--bank", bank]
     words += ["--calibration", calibration, "--port", port, "--vllm-port", vllm_port]
-    words += ["--vllm-log", workshop / "up.log", "--", *ENGINE_ARGUMENTS]
+    words += ["--admin-port", free_port(), "--vllm-log", workshop / "up.log", "--", *ENGINE_ARGUMENTS]
     with (workshop / "up.out").open("wb") as output:
         up = subprocess.Popen([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT)
     try:

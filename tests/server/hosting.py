@@ -11,6 +11,10 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.app import Undertow
+from server.config.sections import Shutdown
+from server.listeners import PairedServer, http_config
+
 
 class Host:
     """An app on a port that it keeps when it is stopped and started again."""
@@ -18,26 +22,18 @@ class Host:
     def __init__(self, app: ASGIApp, lifespan: str = "off") -> None:
         self._app = app
         self._lifespan = lifespan
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._admin_port = free_port()
+        self.admin_url = f"http://127.0.0.1:{self._admin_port}"
+        """Of a server; nobody listens there for other apps."""
 
     def start(self) -> None:
-        config = uvicorn.Config(
-            self._app,
-            host="127.0.0.1",
-            port=self.port,
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            lifespan=self._lifespan,  # type: ignore[arg-type]
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
+        config = http_config(self._app, "127.0.0.1", self.port, lifespan=self._lifespan == "on", grace_s=1)
         self._server = uvicorn.Server(config)
+        if isinstance(self._app, Undertow):
+            admin = http_config(self._app.admin, "127.0.0.1", self._admin_port, lifespan=False, grace_s=1)
+            self._server = PairedServer(config, self._app.drain, Shutdown(), admin)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         deadline = time.monotonic() + 10
@@ -59,6 +55,13 @@ class Host:
             server.close()
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()  # type: ignore[union-attr]
+
+
+def free_port() -> int:
+    """A port that nobody listens at now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def test_where_only_adapters_have_banks_the_canary_is_one_of_theirs_and_the_mode
     engine.script = Script(banks={"support": SUPPORT, MODEL: ("", ""), None: ("", "")})
     with hosted(engine.app) as upstream, hosted(create_app(settings_for(upstream.url)), "on") as host:
         proxy = Proxy(host)
-        assert proxy.get("/readyz").json()["engines"]["main"]["checks"] == {
+        assert proxy.admin("/readyz").json()["engines"]["main"]["checks"] == {
             "upstream": "ok",
             "guard": "ok",
             "canary": "ok",

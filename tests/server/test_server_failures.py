@@ -143,8 +143,8 @@ def test_an_answer_that_cannot_be_read_does_not_pass(engine: FakeEngine, enforce
 def test_a_score_that_is_not_a_number_can_be_read_and_counted(engine: FakeEngine, enforce: Proxy) -> None:
     engine.script = Script(nan=True)
     assert enforce.post(CHAT, chat_body()).status_code == 200
-    assert "undertow_exceedance_sum{" in enforce.get("/metrics").text
-    assert "Inf\n" not in enforce.get("/metrics").text.replace('le="+Inf"', "")
+    assert "undertow_exceedance_sum{" in enforce.admin("/metrics").text
+    assert "Inf\n" not in enforce.admin("/metrics").text.replace('le="+Inf"', "")
 
 
 @pytest.mark.parametrize("fault", ["unscorable", "not_finite"])
@@ -238,7 +238,7 @@ def test_a_dead_engine_is_a_503_and_its_return_is_found_without_a_restart() -> N
         proxy = Proxy(host)
         answer = proxy.post(CHAT, chat_body())
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "upstream_unavailable")
-        assert proxy.get("/readyz").json()["engines"]["main"]["reasons"]["upstream"]
+        assert proxy.admin("/readyz").json()["engines"]["main"]["reasons"]["upstream"]
         upstream.start()
         assert eventually(lambda: proxy.post(CHAT, chat_body()).status_code == 200)
         upstream.stop(at_once=True)
@@ -311,7 +311,7 @@ def test_an_engine_that_does_not_fit_the_settings_is_not_ready_and_serves_nothin
         hosted(create_app(settings_for(upstream.url, fingerprint="f" * 16)), "on") as host,
     ):
         proxy = Proxy(host)
-        answer = proxy.get("/readyz")
+        answer = proxy.admin("/readyz")
         assert answer.status_code == 503
         assert said in answer.json()["engines"]["main"]["reasons"]["guard"]
         answer = proxy.post(CHAT, chat_body())
@@ -326,7 +326,7 @@ def test_ranks_that_judge_differently_are_told_in_the_log_once_and_serve(caplog:
     caplog.set_level(logging.ERROR)
     with hosted(engine.app) as upstream, hosted(create_app(settings_for(upstream.url)), "on") as host:
         for _ in range(2):
-            assert Proxy(host).get("/readyz").status_code == 200
+            assert Proxy(host).admin("/readyz").status_code == 200
     ours = [record for record in caplog.records if record.message == "the engine's ranks judge differently"]
     assert [fields(record)["reason"] for record in ours] == ["blocked: 0 by rank 0, 2 by rank 1"]
 
@@ -341,7 +341,7 @@ def test_monitor_passes_without_a_handshake_and_says_unguarded() -> None:
 
 
 def test_ready_means_that_a_canary_was_scored(engine: FakeEngine, alone: Proxy) -> None:
-    answer = alone.get("/readyz")
+    answer = alone.admin("/readyz")
     told = answer.json()["engines"]["main"]
     canary = told.pop("canary")
     assert (answer.status_code, answer.json()["ready"], told) == (
@@ -356,7 +356,7 @@ def test_ready_means_that_a_canary_was_scored(engine: FakeEngine, alone: Proxy) 
 
 def test_a_canary_without_full_coverage_is_not_ready(engine: FakeEngine, alone: Proxy) -> None:
     engine.script = Script(fault="short")
-    answer = alone.get("/readyz")
+    answer = alone.admin("/readyz")
     assert answer.status_code == 503
     told = answer.json()["engines"]["main"]
     assert "coverage" in told["reasons"]["canary"]

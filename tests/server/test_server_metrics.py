@@ -56,7 +56,7 @@ def mixed_run(engine: FakeEngine, proxy: Proxy) -> None:
 
 def test_every_declared_metric_is_exposed_and_nothing_else(engine: FakeEngine, alone: Proxy) -> None:
     mixed_run(engine, alone)
-    families = list(text_string_to_metric_families(alone.get("/metrics").text))
+    families = list(text_string_to_metric_families(alone.admin("/metrics").text))
     exposed = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     assert exposed == METRIC_NAMES
     assert all(family.documentation for family in families)
@@ -65,7 +65,7 @@ def test_every_declared_metric_is_exposed_and_nothing_else(engine: FakeEngine, a
 def test_labels_come_from_closed_sets(engine: FakeEngine, alone: Proxy) -> None:
     mixed_run(engine, alone)
     declared = {declaration.name: declaration for declaration in DECLARATIONS}
-    for family in text_string_to_metric_families(alone.get("/metrics").text):
+    for family in text_string_to_metric_families(alone.admin("/metrics").text):
         name = family.name + ("_total" if family.type == "counter" else "")
         if name not in declared:
             continue
@@ -96,7 +96,7 @@ def test_after_a_mixed_run_every_eligible_request_was_evaluated(engine: FakeEngi
         assert eligible == alone.sample("undertow_evaluated_total", endpoint=endpoint) == 10
     total = sum(
         value
-        for (name, labels), value in samples(alone.get("/metrics").text).items()
+        for (name, labels), value in samples(alone.admin("/metrics").text).items()
         if name == "undertow_requests_total" and ("endpoint", "chat_completions") in labels
     )
     assert total == 17, "each request ended in one outcome"
@@ -132,7 +132,7 @@ def test_added_latency_leaves_the_engines_time_out(engine: FakeEngine, alone: Pr
 
 def test_an_engines_info_names_the_bank_that_is_loaded(engine: FakeEngine, alone: Proxy) -> None:
     alone.post(CHAT, chat_body())
-    found = [labels for name, labels in samples(alone.get("/metrics").text) if name == "undertow_engine_info"]
+    found = [labels for name, labels in samples(alone.admin("/metrics").text) if name == "undertow_engine_info"]
     assert len(found) == 1
     assert found[0] == {("engine", "main"), ("fingerprint", FINGERPRINT)}
 
@@ -158,7 +158,7 @@ def test_the_clients_key_is_found_nowhere(engine: FakeEngine, alone: Proxy, capl
     ours = [record for record in caplog.records if record.name.startswith(("undertow", "uvicorn"))]
     assert ours
     written = "\n".join(formatter.format(record) for record in ours)
-    spoken = "".join(answer.text + str(answer.headers) for answer in answers) + alone.get("/metrics").text
+    spoken = "".join(answer.text + str(answer.headers) for answer in answers) + alone.admin("/metrics").text
     assert KEY not in written + spoken
     assert "six times seven" not in written
 

@@ -75,12 +75,12 @@ def test_requests_that_run_through_a_change_are_answered_whichever_guard_they_na
     engine.script = Script(token_delay_s=0.1, delay_s=0.4)
     with hosted(create_app(settings_for(upstream.url)), "on") as host, ThreadPoolExecutor(8) as pool:
         proxy = Proxy(host)
-        assert proxy.get("/readyz").status_code == 200
+        assert proxy.admin("/readyz").status_code == 200
         answers = [pool.submit(proxy.post, CHAT, body(stream=stream)) for _ in range(4)]
         time.sleep(0.2)
         # The engine names the new guard in what it says from now on; those answers began under the old one.
         change(engine, guard)
-        eventually(lambda: proxy.get("/metrics").text.count(guard[0]) > 0)
+        eventually(lambda: proxy.admin("/metrics").text.count(guard[0]) > 0)
         late = [pool.submit(proxy.post, CHAT, body(stream=stream)) for _ in range(4)]
         found = [answer.result() for answer in (*answers, *late)]
     assert [answer.status_code for answer in found] == [200] * 8
@@ -93,14 +93,14 @@ def test_a_request_that_runs_through_two_changes_may_name_the_one_between(
     engine, upstream = changing
     with hosted(create_app(settings_for(upstream.url)), "on") as host, ThreadPoolExecutor(1) as pool:
         proxy = Proxy(host)
-        assert proxy.get("/readyz").status_code == 200
+        assert proxy.admin("/readyz").status_code == 200
         engine.script = Script(token_delay_s=0.5)
         change(engine, GUARDS["calibration"])
         answer = pool.submit(proxy.post, CHAT, body(stream=True))
         time.sleep(0.5)
         last = "b" * 16
         engine.status = status(last, calibration=OTHER, generation=3)
-        eventually(lambda: last in proxy.get("/metrics").text, 2)
+        eventually(lambda: last in proxy.admin("/metrics").text, 2)
         assert not answer.done()
         assert "error" not in answer.result().text
 
@@ -131,7 +131,7 @@ def test_an_idle_server_knows_of_a_change_within_two_seconds(
 ) -> None:
     engine, upstream = changing
     with hosted(create_app(settings_for(upstream.url)), "on") as host, caplog.at_level("INFO", "undertow.server"):
-        assert Proxy(host).get("/readyz").status_code == 200
+        assert Proxy(host).admin("/readyz").status_code == 200
         change(engine, GUARDS["calibration"])
         eventually(lambda: generations(caplog)[-1:] == [2], 2)
     assert generations(caplog)[-1] == 2
@@ -190,7 +190,7 @@ def test_up_pins_the_bank_unless_it_can_be_changed(
         monkeypatch.delenv(variable, raising=False)
     if token is not None:
         monkeypatch.setenv(TOKEN_VARIABLE, token)
-    arguments = argparse.Namespace(config=None, host=None, port=None)
+    arguments = argparse.Namespace(config=None, host=None, port=None, admin_port=None)
     assert up._settings(arguments, "http://127.0.0.1:1", "sha256:started").upstream.fingerprint == pinned
 
 

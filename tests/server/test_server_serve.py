@@ -25,13 +25,14 @@ def test_serve_prints_its_url_and_ends_cleanly_on_a_signal(
     config = tmp_path / "undertow.yaml"
     config.write_text("version: 1\n")
     engine.script = Script(blocked={0: 3})
-    line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0"]
+    line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0", "--admin-port", "0"]
     with subprocess.Popen(
         [*line, "--upstream", played[1].url], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
     ) as process:
         assert process.stderr is not None
         found = re.search(r"listening on (http://127\.0\.0\.1:\d+)/v1", process.stderr.readline())
         assert found
+        assert "metrics and status on http://127.0.0.1:" in process.stderr.readline()
         with httpx.Client(base_url=found[1], timeout=10) as client:
             body = chat_body(model="evil\nmodel\x1b[31m", messages=[{"role": "user", "content": "my secret prompt"}])
             answer = client.post(CHAT, json=body, headers={"authorization": "Bearer sk-canary-7", "x-request-id": "me"})

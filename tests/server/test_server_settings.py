@@ -14,6 +14,7 @@ from server.app import create_app
 from server.commands import config as config_command
 from server.commands import serve as serve_command
 from server.config.settings import ENVIRONMENT, Settings, load, parse
+from server.listeners import listen
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "undertow.yaml"
 
@@ -45,7 +46,7 @@ def test_the_shipped_file_names_every_variable_that_overrides_it() -> None:
         ("version: 1\nlisten: {port: 99999}", "`listen.port`: found 99999; expected less than or equal to 65535"),
         (
             "version: 1\nupstreem: {}",
-            "`upstreem`: unknown key; expected one of endpoints, limits, listen, log, policies, policy",
+            "`upstreem`: unknown key; expected one of admin, endpoints, limits, listen, log, policies, policy",
         ),
         ("version: 1\nupstream: {uri: x}", "`upstream.uri`: unknown key; expected one of api_key_env"),
         ("version: 1\nupstream: {url: 'ftp://x'}", "`upstream.url`: found 'ftp://x'; expected http://HOST:PORT"),
@@ -161,4 +162,4 @@ def test_serve_names_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on http://127.0.0.1:{port}"):
-            serve_command._listen(Settings(version=1).listen.model_copy(update={"port": port}))
+            listen("127.0.0.1", port, "listen")

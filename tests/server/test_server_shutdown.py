@@ -56,7 +56,8 @@ class Served:
 def served(folder: Path, upstream: str, shutdown: str) -> Iterator[Served]:
     config = folder / "undertow.yaml"
     config.write_text(f"version: 1\nshutdown: {shutdown}\n")
-    line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0", "--upstream", upstream]
+    line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0", "--admin-port", "0"]
+    line += ["--upstream", upstream]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}) as process:
         try:
             assert process.stderr is not None

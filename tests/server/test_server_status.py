@@ -25,7 +25,7 @@ def status(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
 def test_every_worker_and_every_check_is_told(
     alone: Proxy, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url)
+    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.host.admin_url)
     assert code == 0
     assert [line for line in out.splitlines() if not line.startswith(" ")] == [
         "worker 0",
@@ -58,7 +58,7 @@ def test_what_could_not_be_scored_is_told_by_why(
     broken = first.model_copy(update={"unscorable": 3, "faults": {"probe_missed": 2, "not_finite": 1}})
     engine.status = before.model_copy(update={"workers": (broken, *others), "channel": "silent"})
     try:
-        _, out, _ = status(capsys, "--engine", host.url, "--server", alone.url)
+        _, out, _ = status(capsys, "--engine", host.url, "--server", alone.host.admin_url)
     finally:
         engine.status = before
     assert "unscorable         3 requests, 1 not_finite, 2 probe_missed" in out
@@ -94,7 +94,7 @@ def test_ranks_that_do_not_count_alike_are_told_and_not_well(name: str, capsys: 
 def test_as_json_it_is_both_answers_whole(
     alone: Proxy, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url, "--json")
+    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.host.admin_url, "--json")
     told = json.loads(out)
     assert code == 0
     assert [worker["rank"] for worker in told["engine"]["workers"]] == [0, 1]
@@ -107,7 +107,7 @@ def test_a_server_that_is_not_ready_is_one_and_says_why(
     alone: Proxy, engine: FakeEngine, played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine.script = Script(guard_down=True)
-    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.url)
+    code, out, _ = status(capsys, "--engine", played[1].url, "--server", alone.host.admin_url)
     assert code == 1
     assert "canary           failed: the engine answered 503" in out
 
@@ -125,7 +125,7 @@ def test_who_does_not_answer_is_named(played: tuple[FakeEngine, Host], capsys: p
 
 
 def test_an_engine_without_the_guard_is_told_from_one_with_it(alone: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = status(capsys, "--engine", alone.url, "--no-server")
+    code, _, err = status(capsys, "--engine", alone.host.admin_url, "--no-server")
     assert code == 1
     assert "the engine answered 404; is it guarded?" in err
 

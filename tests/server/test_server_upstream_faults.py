@@ -175,7 +175,7 @@ def test_requests_that_fail_do_not_keep_an_engine_out_whose_canary_comes_through
 def test_an_engine_whose_canary_fails_is_asked_last() -> None:
     with several("one", "two") as fleet:
         fleet.engines["one"].script = Script(fault="short")
-        assert fleet.proxy.get("/readyz").status_code == 200
+        assert fleet.proxy.admin("/readyz").status_code == 200
         assert not fleet.ready("one")
         assert all(fleet.proxy.post(CHAT, chat_body()).status_code == 200 for _ in range(4))
         assert fleet.asked() == {"one": 0, "two": 4}

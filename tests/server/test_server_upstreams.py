@@ -56,7 +56,7 @@ def test_an_engine_with_the_wrong_bank_is_out_of_rotation_and_says_so() -> None:
         eventually(lambda: not fleet.ready("one"))
         assert all(fleet.proxy.post(CHAT, chat_body()).status_code == 200 for _ in range(4))
         assert fleet.asked() == {"one": 0, "two": 4}
-        told = fleet.proxy.get("/readyz")
+        told = fleet.proxy.admin("/readyz")
         assert (told.status_code, told.json()["engines"]["two"]["ready"]) == (200, True)
         assert "e" * 16 in told.json()["engines"]["one"]["reasons"]["guard"]
 
@@ -75,7 +75,7 @@ def test_where_no_engine_is_guarded_as_it_should_be_only_monitor_passes(mode: st
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
         assert fleet.asked() == {"one": 0, "two": 0}
         assert fleet.metric("undertow_guard_failures_total", kind="no_handshake", mode="enforce") == 1
-        assert fleet.proxy.get("/readyz").status_code == 503
+        assert fleet.proxy.admin("/readyz").status_code == 503
 
 
 def test_with_every_engine_gone_a_request_is_answered_at_once() -> None:

@@ -1,0 +1,1 @@
+"""What operators see and do, on a port of its own."""
