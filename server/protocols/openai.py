@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import time
 from typing import Any, Literal, NoReturn
 from uuid import uuid4
@@ -21,7 +21,7 @@ from server.errors import ApiError, bad_request
 from server.protocols.accepted import TEXT_FIELDS, chat_fields
 from server.protocols.fields import mapping
 
-EndpointName = Literal["chat_completions", "completions"]
+EndpointName = Literal["chat_completions", "completions", "responses", "messages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Endpoint:
     name: EndpointName
     path: str
     engine_path: str
-    prompt_field: Literal["messages", "prompt"]
+    prompt_field: Literal["messages", "prompt", "input"]
     """The field that a blocked prompt's error names."""
     chat: bool
     """The engine's completion is a chat's."""
@@ -66,6 +66,8 @@ class Call:
     """The client asked for the usage chunk at the end of a stream."""
     prompts: int
     n: int
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """The client's own body, where it speaks otherwise than OpenAI's completions."""
 
     @property
     def model(self) -> str:

@@ -31,7 +31,7 @@ class Protocol:
     read: Callable[[bytes, Terms], Call]
     """A client's body. Raises ApiError 400 that names the field."""
     whole: Callable[[Call, bytes], bytes]
-    """A whole answer from a completion that may be released. Raises UpstreamError where that is none."""
+    """A whole answer from a completion that may be released. Raises UpstreamError where it is none."""
     stream: Callable[[Call], StreamWriter]
     error: Callable[[ApiError], bytes]
     """The body of an error."""

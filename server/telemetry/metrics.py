@@ -20,9 +20,9 @@ from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
 from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, FailureKind, ServerFailure, UpstreamKind
 from server.shadow import Compared, Would
 
-EndpointLabel = Literal["chat_completions", "completions", "models", "other"]
-ENDPOINTS: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "models", "other")
-GUARDED: tuple[EndpointLabel, ...] = ("chat_completions", "completions")
+EndpointLabel = Literal["chat_completions", "completions", "responses", "messages", "models", "other"]
+ENDPOINTS: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "responses", "messages", "models", "other")
+GUARDED: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "responses", "messages")
 
 Outcome = Literal[
     "allowed",

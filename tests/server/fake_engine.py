@@ -63,6 +63,11 @@ EvidenceFault = Literal[
 ]
 
 
+Place = Literal["content", "reasoning", "refusal", "tool"]
+TOOL = "weather"
+"""The tool that is called."""
+
+
 @dataclass(frozen=True)
 class Script:
     """What the engine does with every request until told otherwise."""
@@ -78,8 +83,14 @@ class Script:
     """By the model that a request names, bank and calibration that judge it; others `guard`. Empty: nobody does."""
     merge: int = 1
     """Tokens per chunk."""
-    speaks: Literal["content", "reasoning", "refusal", "tool"] = "content"
+    speaks: Place = "content"
     """Where in a chat's answer its text stands."""
+    places: tuple[Place, ...] = ()
+    """The same of each token, where they differ (`merge` is 1 then)."""
+    finish: str = "length"
+    """How a choice ends that is not blocked."""
+    stop: str | None = None
+    """The stop sequence that ended it."""
     logprobs: bool = False
     text_with_finish: bool = False
     """The finishing chunk carries text too, as with `include_stop_str_in_output`."""
@@ -243,9 +254,9 @@ class Play:
         """Completion tokens, the reserved one included."""
         return len(self.tokens(index)) + self.is_blocked(index)
 
-    def finish(self, index: int) -> tuple[str, int | None]:
+    def finish(self, index: int) -> tuple[str, int | str | None]:
         stopped = self.is_blocked(index) or self.script.unexplained_stop
-        return ("stop", RESERVED) if stopped else ("length", None)
+        return ("stop", RESERVED) if stopped else (self.script.finish, self.script.stop)
 
     def usage(self) -> dict[str, Any]:
         completion = sum(self.sampled(index) for index in range(self.count))
@@ -337,23 +348,36 @@ class Play:
             head |= {"prompt_logprobs": None, "prompt_token_ids": None, "prompt_text": None}
         return _json(head | {"kv_transfer_params": None, "ec_transfer_params": None, "metrics": None})
 
+    def _place(self, position: int) -> Place:
+        """Where a token stands; the payload stands where the last one did."""
+        places = self.script.places
+        return places[min(position, len(places) - 1)] if places else self.script.speaks
+
+    def _said(self, index: int, place: Place) -> str:
+        tokens = self.tokens(index)
+        return "".join(text for position, text in enumerate(tokens) if self._place(position) == place)
+
     def _full_choice(self, index: int) -> dict[str, Any]:
-        text = "".join(self.tokens(index))
+        text = self._said(index, "content") if self.chat else "".join(self.tokens(index))
         finish_reason, stop_reason = self.finish(index)
         choice: dict[str, Any] = {"index": index}
         if self.chat:
             choice["message"] = {
                 "role": "assistant",
                 "content": text,
-                "refusal": None,
+                "refusal": self._said(index, "refusal") or None,
                 "annotations": None,
                 "audio": None,
                 "function_call": None,
-                "reasoning": None,
+                "reasoning": self._said(index, "reasoning") or None,
             }
+            if arguments := self._said(index, "tool"):
+                function = {"name": TOOL, "arguments": arguments}
+                choice["message"]["tool_calls"] = [{"id": "call_1", "type": "function", "function": function}]
         else:
             choice["text"] = text
-        choice |= {"logprobs": None, "finish_reason": finish_reason, "stop_reason": stop_reason, "token_ids": None}
+        logprobs = self._logprobs(text) if self.script.logprobs else None
+        choice |= {"logprobs": logprobs, "finish_reason": finish_reason, "stop_reason": stop_reason, "token_ids": None}
         if not self.chat:
             choice |= {"prompt_logprobs": None, "prompt_token_ids": None}
         return choice | {"routed_experts": None}
@@ -411,7 +435,8 @@ class Play:
             last = texts.pop() if texts else ""
         elif self.script.text_with_finish:
             last = PAYLOAD
-        return [*(self._chunk(index, text) for text in texts), self._chunk(index, last, finish_reason, stop_reason)]
+        chunks = [self._chunk(index, text, position=position) for position, text in enumerate(texts)]
+        return [*chunks, self._chunk(index, last, finish_reason, stop_reason, len(texts))]
 
     def _head(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -420,27 +445,40 @@ class Play:
     def _role_chunk(self, index: int) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._head() | {"choices": [choice], "prompt_token_ids": None, "prompt_text": None}
+        return (
+            self._head() | {"choices": [choice], "prompt_token_ids": None, "prompt_text": None} | self._usage_so_far()
+        )
 
     def _chunk(
-        self, index: int, text: str, finish_reason: str | None = None, stop_reason: int | None = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None = None,
+        stop_reason: int | str | None = None,
+        position: int = 0,
     ) -> dict[str, Any]:
         logprobs = self._logprobs(text) if self.script.logprobs else None
         if self.chat:
-            choice: dict[str, Any] = {"index": index, "delta": self._delta(text), "logprobs": logprobs}
+            choice: dict[str, Any] = {"index": index, "delta": self._delta(text, position), "logprobs": logprobs}
             choice["finish_reason"] = finish_reason
             if finish_reason is not None:
                 choice["stop_reason"] = stop_reason
         else:
             choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
             choice |= {"stop_reason": stop_reason, "prompt_token_ids": None}
-        usage = {"usage": self.usage()} if self.usage_in_chunks else {}
-        return self._head() | {"choices": [choice | {"token_ids": None}]} | usage
+        return self._head() | {"choices": [choice | {"token_ids": None}]} | self._usage_so_far()
 
-    def _delta(self, text: str) -> dict[str, Any]:
-        if self.script.speaks == "tool":
+    def _usage_so_far(self) -> dict[str, Any]:
+        return {"usage": self.usage()} if self.usage_in_chunks else {}
+
+    def _delta(self, text: str, position: int) -> dict[str, Any]:
+        place = self._place(position)
+        if place != "tool":
+            return {place: text}
+        if position and self._place(position - 1) == "tool":
             return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
-        return {self.script.speaks: text}
+        function = {"name": TOOL, "arguments": text}
+        return {"tool_calls": [{"id": "call_1", "type": "function", "index": 0, "function": function}]}
 
     def _logprobs(self, text: str) -> dict[str, Any]:
         """Of a chunk, as if it were one token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import typing
 import warnings
@@ -229,13 +230,18 @@ def undecided_in(allowed: Allowed, model: Any) -> list[str]:
     return sorted(set(found))
 
 
-def engines_models() -> tuple[Any, Any]:
+def engines_model(module: str, name: str) -> Any:
+    """A request model of vLLM's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own, about itself
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        return getattr(importlib.import_module(f"vllm.entrypoints.{module}"), name)
 
-    return ChatCompletionRequest, CompletionRequest
+
+def engines_models() -> tuple[Any, Any]:
+    return (
+        engines_model("openai.chat_completion.protocol", "ChatCompletionRequest"),
+        engines_model("openai.completion.protocol", "CompletionRequest"),
+    )
 
 
 def test_every_field_that_vllm_reads_was_decided() -> None:

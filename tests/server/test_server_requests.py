@@ -31,8 +31,7 @@ def assert_openai_error(answer: httpx.Response, status: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1/responses",
-        "/v1/messages",
+        "/v1/responses/resp_1",
         "/v1/embeddings",
         "/v1/chat/completions/batch",
         "/v1/chat/completions/",

@@ -1,0 +1,1 @@
+"""Anthropic's Messages: a chat completion asked and answered in their shape."""

@@ -1,0 +1,1 @@
+"""OpenAI's Responses: a chat completion asked and answered in their shape."""
