@@ -19,7 +19,7 @@ def check_destination(path: Path, error: type[InputError]) -> None:
         raise error(f"{path}: folder {path.parent} cannot be written to")
 
 
-def write_atomically(path: Path, content: bytes, error: type[InputError]) -> None:
+def write_atomically(path: Path, content: bytes, error: type[InputError], mode: int = 0o644) -> None:
     """Write `content` to `path` by way of a temporary file in the same folder.
 
     A reader sees the old file or the new one; a crash, a full disk or an interrupt leaves the old one. Raises `error`
@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: bytes, error: type[InputError]) -> Non
                 file.flush()
                 os.fsync(file.fileno())
             # mkstemp makes private files; a bank is read by the server and the worker, often as other users.
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

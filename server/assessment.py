@@ -67,6 +67,8 @@ class Assessor:
         """Choices whose whole prompt has a score, or which are blocked."""
         self.coverage: Coverage | None = None
         """Of a complete answer; None before, and where nothing of it is released."""
+        self.usage: Usage | None = None
+        """Of a complete answer, as the engine counted."""
         self.failure: GuardFailure | None = None
         """The first thing that went wrong. In `monitor` and `off` the answer passes all the same."""
 
@@ -101,6 +103,13 @@ class Assessor:
             action = max(action, record.action, key=SEVERITY.__getitem__)
         return action
 
+    @property
+    def tokens(self) -> int:
+        """Of prompts and answers: what the engine counted, or, of an answer that broke off, what has a score."""
+        if self.usage is not None:
+            return self.usage.prompt_tokens + self.usage.completion_tokens
+        return sum(record.tokens_scored for record in self.records)
+
     def fail(self, failure: GuardFailure) -> GuardFailure:
         """Remember a failure; the first one stays."""
         if self.failure is None:
@@ -121,6 +130,7 @@ class Assessor:
 
     def final(self, text: str | bytes | None, usage: Usage | None) -> GuardFailure | None:
         """Hold evidence against a complete answer: every token that needed a score has one."""
+        self.usage = usage
         failure = self._read(text) or self._check_records() or self._check_coverage(usage)
         return self.fail(failure) if failure else None
 

@@ -19,6 +19,7 @@ COMMANDS = (
     "guard.commands.eval",
     "guard.commands.bench",
     "server.commands.config",
+    "server.commands.keys",
     "server.commands.demo",
     "server.commands.up",
     "server.commands.serve",

@@ -11,6 +11,7 @@ oracle for attackers), prompts or secrets.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -37,6 +38,15 @@ FAILURE_KINDS: tuple[FailureKind, ...] = (*get_args(ServerFailure), *FAULTS)
 
 UpstreamKind = Literal["connect", "timeout", "cut", "status", "protocol", "busy"]
 UPSTREAM_KINDS: tuple[UpstreamKind, ...] = ("connect", "timeout", "cut", "status", "protocol", "busy")
+
+LimitName = Literal["requests_per_minute", "tokens_per_minute", "concurrent_requests", "concurrent_streams"]
+LIMITS: tuple[LimitName, ...] = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "concurrent_requests",
+    "concurrent_streams",
+)
+"""What of a key's quota can be used up."""
 
 Repeat = Literal["safe", "once", "never"]
 """Whether a request that failed may be sent again. safe: the engine cannot have begun to work on it. once: a kept
@@ -112,9 +122,29 @@ class ShuttingDown(ApiError):  # noqa: N818 - it is an event, not a fault
         )
 
 
+class RateLimited(ApiError):  # noqa: N818 - an answer, not a fault
+    """429: later the same request may be answered."""
+
+    def __init__(self, limit: LimitName, allowed: int, wait_s: float, headers: dict[str, str]) -> None:
+        super().__init__(
+            429,
+            f"The limit of {allowed:,} {limit.replace('_', ' ')} of this API key is reached. Try again in "
+            f"{math.ceil(wait_s)} s.",
+            type="requests" if limit != "tokens_per_minute" else "tokens",
+            code="rate_limit_exceeded",
+            headers={**headers, "retry-after": str(max(1, math.ceil(wait_s)))},
+        )
+        self.limit = limit
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """400: the client can mend it."""
     return ApiError(400, message, param=param, code=code)
+
+
+def unauthorized(message: str) -> ApiError:
+    """401: no key, or one that opens nothing."""
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 def blocked_prompt(param: str) -> ApiError:

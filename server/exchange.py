@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from guard.errors import EngineError
+from server.access.limiter import Client, Limiter, Slot
 from server.assessment import Assessor, Told
 from server.body import read_body
 from server.disconnect import ClientGone, unless_gone
@@ -23,6 +24,7 @@ from server.drain import Drain
 from server.errors import (
     ApiError,
     GuardFailure,
+    RateLimited,
     ShuttingDown,
     UpstreamError,
     UpstreamKind,
@@ -57,6 +59,7 @@ class Gateway:
     fleet: Fleet
     drain: Drain
     metrics: Metrics
+    limiter: Limiter = field(default_factory=Limiter)
 
 
 class Exchange(Response):
@@ -71,6 +74,8 @@ class Exchange(Response):
         self._request_id = request_id
         self._force = gateway.live.now
         self._stopwatch = Stopwatch()
+        self._client = Client()
+        self._slot: Slot | None = None
         self._call: Call | None = None
         self._assessor: Assessor | None = None
         self._asked: Asked | None = None
@@ -86,11 +91,10 @@ class Exchange(Response):
 
     async def _exchange(self, receive: Receive, reply: Reply) -> None:
         try:
-            body = await read_body(self._request, self._force.limits)
-            self._stopwatch = Stopwatch()
-            self._call = self._protocol.read(body, self._force.terms)
-            ruling = rule(self._force.rulings, self._endpoint.name, self._call.fields.get("model"), None)
-            await unless_gone(receive, self._gateway.drain.bounded(self._serve(self._call, ruling, reply)))
+            # Before the body is read: it costs whoever has no key nothing to send.
+            self._client = self._force.door.admit(self._protocol.authorization(self._request.headers))
+            with self._gateway.limiter.admit(self._client) as self._slot:
+                await self._admitted(self._slot, receive, reply)
         except (ClientGone, ClientDisconnect):
             if not reply.complete:
                 self._outcome = "client_gone"
@@ -104,8 +108,22 @@ class Exchange(Response):
                 self._outcome = "shut_down"
             await reply.error(error)
         except ApiError as error:
-            self._outcome = "client_error"
+            self._outcome = "unauthorized" if error.status == 401 else "client_error"
+            if isinstance(error, RateLimited):
+                self._outcome = "rate_limited"
+                self._gateway.metrics.limited(error.limit)
             await reply.error(error)
+
+    async def _admitted(self, slot: Slot, receive: Receive, reply: Reply) -> None:
+        body = await read_body(self._request, self._force.limits)
+        self._stopwatch = Stopwatch()
+        self._call = self._protocol.read(body, self._force.terms)
+        if self._call.stream:
+            slot.streams()
+        reply.always = slot.headers
+        model = self._call.fields.get("model")
+        ruling = rule(self._force.rulings, self._endpoint.name, model, self._client.tenant)
+        await unless_gone(receive, self._gateway.drain.bounded(self._serve(self._call, ruling, reply)))
 
     async def _serve(self, call: Call, ruling: Ruling, reply: Reply) -> None:
         try:
@@ -142,7 +160,7 @@ class Exchange(Response):
             call.fields.get("model"),
             ruling,
             lambda handshake: call.upstream_body(ruling.policy, handshake.reserved_token_id if handshake else None),
-            self._protocol.authorization(self._request.headers),
+            None if self._force.door.locked else self._protocol.authorization(self._request.headers),
             self._request_id,
             self._stopwatch,
         )
@@ -260,6 +278,8 @@ class Exchange(Response):
         """Count and log the request, once."""
         metrics, call, assessor = self._gateway.metrics, self._call, self._assessor
         metrics.requested(self._endpoint.name, self._outcome)
+        if self._slot is not None and assessor is not None:
+            self._slot.spend(assessor.tokens)
         if call is not None and assessor is not None:
             metrics.judged(assessor.records)
             metrics.shadowed(assessor.ruling.name, compare(assessor.records, assessor.ruling.shadow))
@@ -280,7 +300,8 @@ class Exchange(Response):
             status=status,
             stream=call.stream if call else None,
             policy=assessor.ruling.name if assessor else None,
-            tenant=assessor.ruling.tenant if assessor else None,
+            tenant=self._client.tenant,
+            key=self._client.key,
             duration_s=round(self._stopwatch.total, 4),
             tokens_needed=coverage.needed if coverage else None,
             tokens_scored=coverage.scored if coverage else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+from server.access.door import Door
 from server.config.sections import Limits
 from server.config.settings import Settings
 from server.protocols.openai import Terms
@@ -18,12 +19,13 @@ class InForce:
     settings: Settings
     rulings: Rulings
     terms: Terms
+    door: Door
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """What these settings say."""
+        """What these settings say. Raises ConfigError where a file that they name is not right."""
         terms = Terms(settings.limits.max_sequences, frozenset(settings.endpoints.template_arguments))
-        return cls(settings, Rulings(settings), terms)
+        return cls(settings, Rulings(settings), terms, Door.of(settings.access))
 
     @property
     def limits(self) -> Limits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import Generator
 
@@ -15,22 +16,27 @@ import uvicorn
 
 from guard.errors import ConfigError
 from server.app import Undertow
-from server.config.sections import Shutdown
+from server.config.sections import Limits, Shutdown
 from server.config.settings import Settings
+from server.connection import Connection, Patience
 from server.drain import Drain
 from server.graceful import GracefulServer, timeout_s
 
 _ADMIN_GRACE_S = 1
+_LIMITS = Limits()
 
 
-def http_config(app: object, host: str, port: int, *, lifespan: bool, grace_s: int) -> uvicorn.Config:
+def http_config(
+    app: object, host: str, port: int, *, lifespan: bool, grace_s: int, limits: Limits = _LIMITS
+) -> uvicorn.Config:
     """How both ports speak HTTP."""
+    patience = Patience(limits.header_timeout_s, limits.body_timeout_s, limits.max_header_bytes, limits.max_connections)
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         host=host,
         port=port,
         loop="uvloop",
-        http="httptools",
+        http=functools.partial(Connection, patience=patience),  # type: ignore[arg-type]
         ws="none",
         lifespan="on" if lifespan else "off",
         log_config=None,
@@ -83,10 +89,19 @@ def make_server(app: Undertow, settings: Settings, admin_socket: socket.socket |
     """Both servers, not running yet. They leave logging to whoever runs them."""
     grace_s = timeout_s(settings.shutdown)
     return PairedServer(
-        http_config(app, settings.listen.host, settings.listen.port, lifespan=True, grace_s=grace_s),
+        http_config(
+            app, settings.listen.host, settings.listen.port, lifespan=True, grace_s=grace_s, limits=settings.limits
+        ),
         app.drain,
         settings.shutdown,
-        http_config(app.admin, settings.admin.host, settings.admin.port, lifespan=False, grace_s=_ADMIN_GRACE_S),
+        http_config(
+            app.admin,
+            settings.admin.host,
+            settings.admin.port,
+            lifespan=False,
+            grace_s=_ADMIN_GRACE_S,
+            limits=settings.limits,
+        ),
         admin_socket,
     )
 

@@ -22,6 +22,8 @@ class Reply:
         self._writer: StreamWriter | None = None
         self._request_id = request_id
         self._on_start = on_start
+        self.always: Mapping[str, str] = {}
+        """Headers of whatever is answered."""
         self.status = 0
         """As sent; 0 where nothing was."""
         self.complete = False
@@ -66,6 +68,6 @@ class Reply:
     async def _start(self, status: int, kind: str, headers: Mapping[str, str]) -> None:
         self.status = status
         self._on_start()
-        pairs = {"content-type": kind, "x-request-id": self._request_id, **headers}
+        pairs = {"content-type": kind, "x-request-id": self._request_id, **self.always, **headers}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})

@@ -32,13 +32,15 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
     async def models(request: Request) -> Response:
         headers = {"x-request-id": request_id(request)}
         try:
-            listing = await list_models(gateway.fleet.engines.values(), request.headers.get("authorization"))
+            door, authorization = gateway.live.now.door, request.headers.get("authorization")
+            door.admit(authorization)
+            listing = await list_models(gateway.fleet.engines.values(), None if door.locked else authorization)
         except UpstreamError as error:
             gateway.metrics.upstream_failed(error.kind)
             gateway.metrics.requested("models", "upstream_error")
             return error_response(upstream_unavailable(error), headers)
         except ApiError as error:
-            gateway.metrics.requested("models", "client_error")
+            gateway.metrics.requested("models", "unauthorized" if error.status == 401 else "client_error")
             return error_response(error, headers)
         gateway.metrics.requested("models", _passed(listing.status))
         return Response(listing.content, listing.status, headers, media_type=listing.content_type)

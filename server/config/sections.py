@@ -28,6 +28,13 @@ class Limits(Strict):
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds in which a whole body must arrive; 408 after."
     )
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, description="Seconds in which a request's headers must arrive; the connection ends after."
+    )
+    max_header_bytes: int = Field(default=64 * 2**10, ge=1024, description="Largest headers of a request; 431 above.")
+    max_connections: int = Field(
+        default=4000, gt=0, description="Clients' connections at a time; more are closed as they come."
+    )
     engine_wait_s: float = Field(
         default=5.0, ge=0, description="Seconds that a request waits while every engine has all it may have; 503 after."
     )

@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from guard.errors import ConfigError
+from server.config.access import AccessSettings
 from server.config.admin import AdminSettings
 from server.config.document import check, override, read_document
 from server.config.endpoints import Endpoints
@@ -44,6 +45,7 @@ class Settings(Strict):
     version: Literal[1] = Field(description="Of this file's shape.")
     listen: Listen = Listen()
     admin: AdminSettings = AdminSettings()
+    access: AccessSettings = AccessSettings()
     upstream: UpstreamSettings = Field(
         default=UpstreamSettings(), description="The only engine: short for `upstreams` with one of the name `main`."
     )

@@ -17,7 +17,7 @@ from guard.evidence import Record, ScoreEvidence
 from guard.faults import FAULT_MEANINGS
 from guard.policy import Action, Mode
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
-from server.errors import FAILURE_KINDS, UPSTREAM_KINDS, FailureKind, ServerFailure, UpstreamKind
+from server.errors import FAILURE_KINDS, LIMITS, UPSTREAM_KINDS, FailureKind, LimitName, ServerFailure, UpstreamKind
 from server.shadow import Compared, Would
 
 EndpointLabel = Literal["chat_completions", "completions", "responses", "messages", "models", "other"]
@@ -35,6 +35,8 @@ Outcome = Literal[
     "upstream_rejected",
     "upstream_error",
     "client_error",
+    "unauthorized",
+    "rate_limited",
     "client_gone",
     "shut_down",
 ]
@@ -49,6 +51,8 @@ OUTCOMES: tuple[Outcome, ...] = (
     "upstream_rejected",
     "upstream_error",
     "client_error",
+    "unauthorized",
+    "rate_limited",
     "client_gone",
     "shut_down",
 )
@@ -83,8 +87,8 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "undertow_requests_total",
         "counter",
         "Requests by how they ended. guard_failed: answered with an error because it could not be judged. unguarded: "
-        "passed without being judged (monitor, off). upstream_rejected: the engine answered 4xx. shut_down: the server "
-        "ended before the answer did.",
+        "passed without being judged (monitor, off). upstream_rejected: the engine answered 4xx. "
+        "unauthorized: without a key that opens. shut_down: the server ended before the answer did.",
         {"endpoint": ENDPOINTS, "outcome": OUTCOMES},
     ),
     Declaration(
@@ -140,6 +144,12 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "in a stream), less the wait for the engine.",
         {},
         _SECONDS_BUCKETS,
+    ),
+    Declaration(
+        "undertow_rate_limited_total",
+        "counter",
+        "Requests that were answered with 429, by the limit of their key that was reached.",
+        {"limit": LIMITS},
     ),
     Declaration("undertow_inflight_requests", "gauge", "Completion requests that are being worked on."),
     Declaration(
@@ -252,6 +262,10 @@ class Metrics:
             self._counters["undertow_eligible_total"].labels(endpoint).inc()
             if outcome in EVALUATED:
                 self._counters["undertow_evaluated_total"].labels(endpoint).inc()
+
+    def limited(self, limit: LimitName) -> None:
+        """A key has used up its quota."""
+        self._counters["undertow_rate_limited_total"].labels(limit).inc()
 
     def judged(self, records: Iterable[Record]) -> None:
         """What the last evidence of a request says."""

@@ -44,8 +44,16 @@ def organism() -> Organism:
 @pytest.fixture(scope="session")
 def in_child() -> Iterator[Callable[..., Any]]:
     """Run a function of `child.py` in the one process that imports vLLM."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    try:
         yield lambda function, *arguments, **keywords: pool.submit(function, *arguments, **keywords).result()
+    finally:
+        # A process that has run several vLLM engines was seen not to end for a quarter of an hour.
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.join(20)
+            process.kill()
 
 
 @pytest.fixture(scope="session")

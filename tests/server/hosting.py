@@ -12,16 +12,17 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from server.app import Undertow
-from server.config.sections import Shutdown
+from server.config.sections import Limits, Shutdown
 from server.listeners import PairedServer, http_config
 
 
 class Host:
     """An app on a port that it keeps when it is stopped and started again."""
 
-    def __init__(self, app: ASGIApp, lifespan: str = "off") -> None:
+    def __init__(self, app: ASGIApp, lifespan: str = "off", limits: Limits | None = None) -> None:
         self._app = app
         self._lifespan = lifespan
+        self._limits = limits or Limits()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._admin_port = free_port()
@@ -29,10 +30,14 @@ class Host:
         """Of a server; nobody listens there for other apps."""
 
     def start(self) -> None:
-        config = http_config(self._app, "127.0.0.1", self.port, lifespan=self._lifespan == "on", grace_s=1)
+        config = http_config(
+            self._app, "127.0.0.1", self.port, lifespan=self._lifespan == "on", grace_s=1, limits=self._limits
+        )
         self._server = uvicorn.Server(config)
         if isinstance(self._app, Undertow):
-            admin = http_config(self._app.admin, "127.0.0.1", self._admin_port, lifespan=False, grace_s=1)
+            admin = http_config(
+                self._app.admin, "127.0.0.1", self._admin_port, lifespan=False, grace_s=1, limits=self._limits
+            )
             self._server = PairedServer(config, self._app.drain, Shutdown(), admin)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -65,8 +70,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def hosted(app: ASGIApp, lifespan: str = "off") -> Iterator[Host]:
-    host = Host(app, lifespan)
+def hosted(app: ASGIApp, lifespan: str = "off", limits: Limits | None = None) -> Iterator[Host]:
+    host = Host(app, lifespan, limits)
     host.start()
     try:
         yield host

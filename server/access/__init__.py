@@ -1,0 +1,1 @@
+"""Who asks: API keys, tenants, and how much each may take."""
