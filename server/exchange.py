@@ -251,7 +251,7 @@ class Exchange(Response):
         elif assessor.failure is not None:
             self._outcome = "guard_failed" if assessor.enforcing else "unguarded"
         elif assessor.blocked:
-            self._outcome = "blocked_output"
+            self._outcome = "blocked_prompt" if assessor.prompt_blocked else "blocked_output"
         else:
             self._outcome = _PASSED.get(assessor.told, "allowed")
 

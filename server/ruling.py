@@ -41,6 +41,11 @@ class Ruling:
         return self.policy.mode
 
     @property
+    def told(self) -> str | None:
+        """What a blocked client reads in the place of an answer; None where it is told by an error, or by nothing."""
+        return self.refusal if self.on_block == "completion" else None
+
+    @property
     def enforcing(self) -> bool:
         """What cannot be judged does not pass."""
         return self.policy.mode == "enforce"

@@ -57,6 +57,8 @@ class StreamGuard:
         self._assessor = assessor
         self._kept = kept(assessor.ruling.hold_back)
         self._held: dict[int, Held] = {}
+        self._read: set[int] = set()
+        """Choices of which something was released."""
         self._finishing: list[_Finish] = []
         self._finished: set[int] = set()
         self._stopped: dict[int, object] = {}
@@ -125,7 +127,7 @@ class StreamGuard:
         failure = self._assessor.opening(evidence)
         if failure is not None and self._assessor.enforcing:
             self.refusal = guard_unavailable()
-        elif self._assessor.prompt_blocked:
+        elif self._assessor.prompt_blocked and self._assessor.ruling.told is None:
             self.refusal = blocked_prompt(self._call.endpoint.prompt_field)
         self.closed = self.refusal is not None
 
@@ -179,7 +181,10 @@ class StreamGuard:
         """All that the policy does not keep back, of a choice that evidence has named."""
         if index not in self._assessor.proven or index in self._assessor.blocked:
             return []
-        return self._held[index].release()
+        released = self._held[index].release()
+        if released:
+            self._read.add(index)
+        return released
 
     def _finish(self, index: int, choice: Mapping[str, Any], chunk: Mapping[str, Any], raw: bytes) -> list[bytes]:
         self._finished.add(index)
@@ -189,7 +194,7 @@ class StreamGuard:
             self._stopped[index] = stop_reason
         if stopped or index in self._assessor.blocked:
             self._held.pop(index, None)
-            return [blocked_chunk(self._call.endpoint, index, chunk)]
+            return [self._blocked(index, chunk)]
         if not self._assessor.enforcing:
             return [raw]
         self._hold(index, raw)
@@ -207,7 +212,7 @@ class StreamGuard:
         released: list[bytes] = []
         for finish in self._finishing:
             if finish.index in self._assessor.blocked:
-                released.append(blocked_chunk(self._call.endpoint, finish.index, finish.chunk))
+                released.append(self._blocked(finish.index, finish.chunk))
             else:
                 released += finish.held.release_all()
         released += self._block(index for index in self._assessor.blocked if index not in self._finished)
@@ -237,7 +242,14 @@ class StreamGuard:
 
     def _block(self, indices: Iterable[int]) -> list[bytes]:
         head = {key: value for key, value in self._head.items() if key != "usage"} or new_head(self._call)
-        return [blocked_chunk(self._call.endpoint, index, head) for index in indices]
+        return [self._blocked(index, head) for index in indices]
+
+    def _blocked(self, index: int, head: Mapping[str, Any]) -> bytes:
+        """The end of a blocked choice; what its client is told stands apart from what it has read."""
+        told = self._assessor.ruling.told
+        if told is not None and index in self._read:
+            told = f"\n\n{told}"
+        return blocked_chunk(self._call.endpoint, index, head, told)
 
     def _unreadable(self, detail: str, raw: bytes) -> list[bytes]:
         self._assessor.fail(GuardFailure("response_invalid", detail))

@@ -21,7 +21,7 @@ def judge_answer(call: Call, assessor: Assessor, evidence: bytes | None, content
     failure = assessor.final(evidence, Usage.read(body.get("usage"))) or _check(call, assessor, choices)
     if failure is not None and assessor.enforcing:
         return guard_unavailable()
-    if assessor.prompt_blocked:
+    if assessor.prompt_blocked and assessor.ruling.told is None:
         return blocked_prompt(call.endpoint.prompt_field)
     if not assessor.blocked or choices is None:
         return content
@@ -40,7 +40,7 @@ def judge_error(call: Call, assessor: Assessor, evidence: bytes | None, content:
         return guard_unavailable()
     if failure is not None and failure.kind in FAULTS and assessor.enforcing:
         return guard_unavailable()
-    if assessor.prompt_blocked or (assessor.blocked and call.stream):
+    if (assessor.prompt_blocked and assessor.ruling.told is None) or (assessor.blocked and call.stream):
         return blocked_prompt(call.endpoint.prompt_field)
     if assessor.blocked:
         return json.dumps(_all_blocked(call, assessor)).encode()
@@ -82,7 +82,8 @@ def _without_blocked(call: Call, assessor: Assessor, choice: dict[str, Any]) -> 
         return choice
     message = choice.get("message")
     role = message.get("role") if isinstance(message, dict) else None
-    return blocked_choice(call.endpoint, choice["index"], role if isinstance(role, str) else "assistant")
+    role = role if isinstance(role, str) else "assistant"
+    return blocked_choice(call.endpoint, choice["index"], role, assessor.ruling.told)
 
 
 def _all_blocked(call: Call, assessor: Assessor) -> dict[str, Any]:
@@ -92,7 +93,9 @@ def _all_blocked(call: Call, assessor: Assessor) -> dict[str, Any]:
     completion = sum(max(0, record.tokens_scored + 1 - record.prompt_tokens) for record in records)
     return {
         **new_head(call),
-        "choices": [blocked_choice(call.endpoint, index) for index in range(call.prompts * call.n)],
+        "choices": [
+            blocked_choice(call.endpoint, index, told=assessor.ruling.told) for index in range(call.prompts * call.n)
+        ],
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -183,27 +183,28 @@ def new_head(call: Call) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid4().hex}", "object": name, "created": int(time()), "model": call.model}
 
 
-def blocked_choice(endpoint: Endpoint, index: int, role: str = "assistant") -> dict[str, Any]:
+def blocked_choice(endpoint: Endpoint, index: int, role: str = "assistant", told: str | None = None) -> dict[str, Any]:
     """A choice of a full response whose sequence was blocked, built anew so that nothing of the old one stays.
 
-    Its text is dropped whole: text alone does not say where the blocked token begins.
+    Its text is dropped whole: text alone does not say where the blocked token begins. `told`: what it says instead.
     """
     choice: dict[str, Any] = {"index": index}
     if endpoint.chat:
-        choice["message"] = {"role": role, "content": None, "refusal": None}
+        choice["message"] = {"role": role, "content": told, "refusal": None}
     else:
-        choice["text"] = ""
+        choice["text"] = told or ""
     return {**choice, "logprobs": None, "finish_reason": "content_filter"}
 
 
-def blocked_chunk(endpoint: Endpoint, index: int, head: Mapping[str, Any]) -> bytes:
-    """The last event of a blocked choice in a stream. `head` is any chunk of that stream, for its id and model."""
+def blocked_chunk(endpoint: Endpoint, index: int, head: Mapping[str, Any], told: str | None = None) -> bytes:
+    """The last event of a blocked choice in a stream. `head` is any chunk of that stream, for its id and model; `told`:
+    what the choice says at its end."""
     chunk = {key: head[key] for key in ("id", "object", "created", "model") if key in head}
     choice: dict[str, Any] = {"index": index}
     if endpoint.chat:
-        choice["delta"] = {}
+        choice["delta"] = {} if told is None else {"role": "assistant", "content": told}
     else:
-        choice["text"] = ""
+        choice["text"] = told or ""
     chunk["choices"] = [{**choice, "logprobs": None, "finish_reason": "content_filter"}]
     if "usage" in head:
         chunk["usage"] = head["usage"]
