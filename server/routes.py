@@ -1,4 +1,4 @@
-"""Endpoints. What is not here is not offered: nothing passes to the engine unguarded."""
+"""Endpoints. What is not here is not offered: nothing that generates reaches the engine unguarded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from starlette.exceptions import HTTPException
 
 from server.errors import ApiError, UpstreamError, upstream_unavailable
 from server.exchange import Exchange, Gateway
+from server.passing import Passing
 from server.protocols.known import PROTOCOLS, error_body, spoken_at
 from server.protocols.openai import method_not_allowed, not_found
 from server.protocols.protocol import Protocol
+from server.protocols.unguarded import UNGUARDED, Unguarded
 from server.readiness import Readiness
 from server.telemetry.metrics import EndpointLabel, Metrics, Outcome
 from server.upstreams.listing import list_models
 
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
@@ -27,6 +30,9 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
 
     for protocol in PROTOCOLS:
         router.add_api_route(protocol.endpoint.path, _guarded(gateway, protocol), methods=["POST"])
+
+    for endpoint in UNGUARDED:
+        router.add_api_route(endpoint.path, _unguarded(gateway, endpoint), methods=_METHODS)
 
     @router.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -64,6 +70,18 @@ def _guarded(gateway: Gateway, protocol: Protocol) -> Callable[[Request], Awaita
         return Exchange(gateway, protocol, request, request_id(request))
 
     return exchange
+
+
+def _unguarded(gateway: Gateway, endpoint: Unguarded) -> Callable[[Request], Awaitable[Response]]:
+    async def passing(request: Request) -> Response:
+        # Which ones are offered may change while the server runs.
+        if endpoint.name not in gateway.live.now.settings.endpoints.unguarded:
+            raise HTTPException(404)
+        if request.method != "POST":
+            raise HTTPException(405, headers={"Allow": "POST"})
+        return Passing(gateway, endpoint, request, request_id(request))
+
+    return passing
 
 
 def request_id(request: Request) -> str:

@@ -49,8 +49,10 @@ def _openai(endpoint: Endpoint) -> Protocol:
     )
 
 
+CHAT_COMPLETIONS = _openai(CHAT)
+
 PROTOCOLS: tuple[Protocol, ...] = (
-    _openai(CHAT),
+    CHAT_COMPLETIONS,
     _openai(TEXT),
     Protocol(
         RESPONSES,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
@@ -20,8 +20,18 @@ from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
 from server.errors import FAILURE_KINDS, LIMITS, UPSTREAM_KINDS, FailureKind, LimitName, ServerFailure, UpstreamKind
 from server.shadow import Compared, Would
 
-EndpointLabel = Literal["chat_completions", "completions", "responses", "messages", "models", "other"]
-ENDPOINTS: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "responses", "messages", "models", "other")
+EndpointLabel = Literal[
+    "chat_completions",
+    "completions",
+    "responses",
+    "messages",
+    "embeddings",
+    "tokenize",
+    "detokenize",
+    "models",
+    "other",
+]
+ENDPOINTS: tuple[EndpointLabel, ...] = get_args(EndpointLabel)
 GUARDED: tuple[EndpointLabel, ...] = ("chat_completions", "completions", "responses", "messages")
 
 Outcome = Literal[
@@ -87,8 +97,9 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "undertow_requests_total",
         "counter",
         "Requests by how they ended. guard_failed: answered with an error because it could not be judged. unguarded: "
-        "passed without being judged (monitor, off). upstream_rejected: the engine answered 4xx. "
-        "unauthorized: without a key that opens. shut_down: the server ended before the answer did.",
+        "passed without being judged (in monitor and off; embeddings, tokenize and detokenize always). "
+        "upstream_rejected: the engine answered 4xx. unauthorized: without a key that opens. shut_down: the server "
+        "ended before the answer did.",
         {"endpoint": ENDPOINTS, "outcome": OUTCOMES},
     ),
     Declaration(

@@ -136,6 +136,10 @@ class FakeEngine:
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._text, methods=["POST"]),
+                *(
+                    Route(path, self._passed, methods=["POST"])
+                    for path in ("/v1/embeddings", "/tokenize", "/detokenize")
+                ),
                 Route("/v1/models", self._models),
                 Route(STATUS_PATH, self._status),
             ]
@@ -148,6 +152,14 @@ class FakeEngine:
         self.headers.append(dict(request.headers))
         data = [{"id": model, "object": "model", "owned_by": "vllm"} for model in self.models]
         return JSONResponse({"object": "list", "data": data})
+
+    async def _passed(self, request: Request) -> Response:
+        """What generates nothing."""
+        self.bodies.append(await request.json())
+        self.headers.append(dict(request.headers))
+        await asyncio.sleep(self.script.delay_s)
+        answered = {"path": request.url.path} if self.script.status == 200 else error_body(self.script.status)
+        return JSONResponse(answered, self.script.status)
 
     async def _chat(self, request: Request) -> Response:
         return await self._complete(request, chat=True)
