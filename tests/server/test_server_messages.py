@@ -15,9 +15,8 @@ from anthropic.types.message_create_params import MessageCreateParamsBase
 from pydantic import TypeAdapter
 
 from server.protocols.messages.accepted import MESSAGE_FIELDS
-from server.protocols.messages.asking import MESSAGES, read_messages
+from server.protocols.messages.asking import MESSAGES
 from server.protocols.messages.telling import MessageWriter
-from server.protocols.openai import Terms
 from tests.server.test_server_fields import engines_model, undecided_in
 
 from .conftest import KEY, Proxy
@@ -297,13 +296,6 @@ def test_a_whole_agents_turn_is_one_chat(engine: FakeEngine, enforce: Proxy) -> 
     assert {name: value for name, value in sent.items() if name not in ("messages", "vllm_xargs")} == expected
 
 
-def test_an_answer_can_go_on_from_the_clients_words() -> None:
-    messages = [*body()["messages"], {"role": "assistant", "content": "It is "}]
-    fields = read_messages(json.dumps(body(messages=messages)).encode(), Terms()).fields
-    assert (fields["continue_final_message"], fields["add_generation_prompt"]) == (True, False)
-    assert "continue_final_message" not in read_messages(json.dumps(body()).encode(), Terms()).fields
-
-
 def test_the_key_of_anthropics_clients_reaches_the_engine(engine: FakeEngine, enforce: Proxy) -> None:
     with client(enforce) as talking:
         talking.messages.create(**body())
@@ -323,6 +315,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "tool_use", "name": "a"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages[1].role"),
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
     ({"max_tokens": None}, "max_tokens"),

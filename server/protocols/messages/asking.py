@@ -41,6 +41,10 @@ def chat_completion(fields: Mapping[str, Any]) -> dict[str, Any]:
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "must be a list of at least one message")
+    if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        # Judged as a prompt, what a model says looks like nothing that a calibration has seen.
+        where = f"messages[{len(messages) - 1}].role"
+        raise wrong(where, "must be `user` in the last message: an answer that the client begins is not gone on with")
     chat: dict[str, Any] = {name: fields[name] for name in _AS_IT_IS if fields.get(name) is not None}
     chat["messages"] = [*_system(fields.get("system")), *_messages(messages)]
     chat["max_completion_tokens"] = most
@@ -50,10 +54,6 @@ def chat_completion(fields: Mapping[str, Any]) -> dict[str, Any]:
         chat["tools"] = [_tool(tool) for tool in fields["tools"]]
     chat |= _tool_choice(fields.get("tool_choice") or {})
     chat |= _thinking(fields.get("thinking") or {}, fields.get("output_config") or {})
-    last = chat["messages"][-1]
-    if last["role"] == "assistant" and "tool_calls" not in last:
-        # The answer goes on from the client's words.
-        chat |= {"continue_final_message": True, "add_generation_prompt": False}
     return chat
 
 
