@@ -14,9 +14,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.access.limiter import Client
 from server.body import read_body
 from server.disconnect import ClientGone, unless_gone
-from server.errors import ApiError, ShuttingDown, UpstreamError, upstream_unavailable
+from server.errors import ApiError, RateLimited, ShuttingDown, UpstreamError, upstream_unavailable
 from server.exchange import Gateway
 from server.protocols.known import CHAT_COMPLETIONS
 from server.protocols.openai import parse
@@ -38,6 +39,8 @@ class Passing(Response):
         self._request = request
         self._request_id = request_id
         self._force = gateway.live.now
+        self._authorization = CHAT_COMPLETIONS.authorization(request.headers)
+        self._client = Client()
         self._outcome: Outcome = "upstream_error"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,14 +56,19 @@ class Passing(Response):
                 endpoint=self._endpoint.name,
                 outcome=self._outcome,
                 status=reply.status,
+                tenant=self._client.tenant,
+                key=self._client.key,
             )
 
     async def _pass(self, receive: Receive, reply: Reply) -> None:
         try:
-            fields = self._endpoint.accepted.accept(parse(await read_body(self._request, self._force.limits)))
-            body = json.dumps(fields, separators=(",", ":")).encode()
-            asking = self._ask(fields.get("model"), body, reply)
-            await unless_gone(receive, self._gateway.drain.bounded(asking))
+            self._client = self._force.door.admit(self._authorization)
+            with self._gateway.limiter.admit(self._client) as slot:
+                reply.always = slot.headers
+                fields = self._endpoint.accepted.accept(parse(await read_body(self._request, self._force.limits)))
+                body = json.dumps(fields, separators=(",", ":")).encode()
+                asking = self._ask(fields.get("model"), body, reply)
+                await unless_gone(receive, self._gateway.drain.bounded(asking))
         except (ClientGone, ClientDisconnect):
             self._outcome = self._outcome if reply.complete else "client_gone"
         except asyncio.CancelledError:
@@ -70,7 +78,10 @@ class Passing(Response):
             self._outcome = "shut_down"
             await reply.error(error)
         except ApiError as error:
-            self._outcome = "client_error"
+            self._outcome = "unauthorized" if error.status == 401 else "client_error"
+            if isinstance(error, RateLimited):
+                self._outcome = "rate_limited"
+                self._gateway.metrics.limited(error.limit)
             await reply.error(error)
         except UpstreamError as error:
             self._gateway.fleet.failed(error, self._request_id)
@@ -90,7 +101,7 @@ class Passing(Response):
             model,
             ruling,
             lambda _: body,
-            CHAT_COMPLETIONS.authorization(self._request.headers),
+            None if self._force.door.locked else self._authorization,
             self._request_id,
             Stopwatch(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -19,9 +20,11 @@ from server.protocols.messages.asking import MESSAGES
 from server.protocols.messages.telling import MessageWriter
 from tests.server.test_server_fields import engines_model, undecided_in
 
-from .conftest import KEY, Proxy
+from .conftest import KEY, Proxy, settings_for
 from .fake_engine import MODEL, PROMPT_TOKENS, RESERVED, TOOL, FakeEngine, Script
+from .hosting import Host
 from .test_server_answers import assert_nothing_leaks
+from .test_server_keys import make_key, served
 
 PATH = MESSAGES.path
 TALKS: Any = ("reasoning", "content", "content", "tool", "tool")
@@ -301,6 +304,25 @@ def test_the_key_of_anthropics_clients_reaches_the_engine(engine: FakeEngine, en
         talking.messages.create(**body())
     assert engine.headers[-1]["authorization"] == f"Bearer {KEY}"
     assert "x-api-key" not in engine.headers[-1]
+
+
+def test_its_keys_and_quotas_are_told_in_its_shape(
+    engine: FakeEngine, played: tuple[FakeEngine, Host], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.json"
+    key = make_key(file, "shop", capsys)
+    access = {"keys_file": file, "tenants": {"shop": {"requests_per_minute": 1}}}
+    with served(settings_for(played[1].url), access=access) as proxy:
+        stranger = anthropic.Anthropic(base_url=proxy.url, api_key="utk_no", max_retries=0)
+        with stranger, pytest.raises(anthropic.AuthenticationError) as raised:
+            stranger.messages.create(**body())
+        assert raised.value.type == "authentication_error"
+        with anthropic.Anthropic(base_url=proxy.url, api_key=key, max_retries=0) as known:
+            known.messages.create(**body())
+            with pytest.raises(anthropic.RateLimitError) as limited:
+                known.messages.create(**body())
+        assert limited.value.type == "rate_limit_error"
+        assert not {"authorization", "x-api-key"} & engine.headers[-1].keys()
 
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://10.0.0.1/"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from .conftest import KEY, Proxy, settings_for
 from .fake_engine import FakeEngine, Script
 from .hosting import Host, hosted
 from .test_server_fields import engines_model
+from .test_server_keys import make_key, served
 from .test_server_requests import assert_openai_error
 
 PATHS = {endpoint.name: endpoint.path for endpoint in UNGUARDED}
@@ -123,6 +125,22 @@ def test_a_client_that_leaves_is_counted_as_gone(engine: FakeEngine, opened: Pro
         if opened.sample("undertow_requests_total", endpoint="tokenize", outcome="client_gone") == before + 1:
             return
     pytest.fail("nobody noticed")
+
+
+def test_keys_and_quotas_hold_there_too(
+    engine: FakeEngine, played: tuple[FakeEngine, Host], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.json"
+    key = make_key(file, "shop", capsys)
+    access = {"keys_file": file, "tenants": {"shop": {"requests_per_minute": 1}}}
+    with served(settings_for(played[1].url), access=access, endpoints={"unguarded": ["tokenize"]}) as proxy:
+        assert_openai_error(proxy.post("/tokenize", BODIES["tokenize"], {"authorization": "Bearer utk_no"}), 401)
+        assert engine.bodies == []
+        assert proxy.post("/tokenize", BODIES["tokenize"], {"authorization": f"Bearer {key}"}).status_code == 200
+        assert "authorization" not in engine.headers[-1]
+        assert_openai_error(proxy.post("/tokenize", BODIES["tokenize"], {"authorization": f"Bearer {key}"}), 429)
+        for outcome in ("unauthorized", "unguarded", "rate_limited"):
+            assert proxy.sample("undertow_requests_total", endpoint="tokenize", outcome=outcome) == 1
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff"])
