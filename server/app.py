@@ -15,11 +15,13 @@ from fastapi import FastAPI
 from guard.version import VERSION
 from server.admin.access import operator_token
 from server.admin.app import create_admin
+from server.config.origin import Origin
 from server.config.settings import Settings
 from server.drain import Drain
 from server.exchange import Gateway
 from server.in_force import InForce, Live
 from server.readiness import Readiness
+from server.reload import Reload
 from server.routes import build_router, install_error_handlers
 from server.telemetry.metrics import Metrics
 from server.upstreams.engine import Engine
@@ -33,10 +35,13 @@ class Undertow(FastAPI):
     """The operators', for a port of its own in the same loop."""
     drain: Drain
     """How it ends."""
+    reload: Reload
+    """How its settings change."""
 
 
-def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> Undertow:
+def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, origin: Origin | None = None) -> Undertow:
     """An app with its own metrics and its own connections. `environ` holds the secrets that the settings name.
+    `origin`: where the settings are from, to be read again as that changes.
 
     Raises ConfigError where one of them is not set.
     """
@@ -47,15 +52,17 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> U
     )
     drain = Drain()
     gateway = Gateway(live, fleet, drain, metrics)
-    readiness = Readiness(fleet, drain)
+    reload = Reload(origin, live, fleet, metrics)
+    readiness = Readiness(fleet, drain, lambda: reload.report)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(fleet.watch())
+        watches = [asyncio.create_task(fleet.watch()), asyncio.create_task(reload.watch())]
         yield
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
+        for watch in watches:
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
         await fleet.aclose()
 
     # No generated documentation: it would describe bodies that belong to vLLM.
@@ -64,5 +71,6 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ) -> U
     app.include_router(build_router(gateway, readiness))
     install_error_handlers(app, metrics)
     app.drain = drain
+    app.reload = reload
     app.admin = create_admin(metrics, readiness, operator_token(settings.admin, environ))
     return app

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from server.drain import Drain
+from server.reload import SettingsReport
 from server.upstreams.engine import EngineReport
 from server.upstreams.fleet import Fleet
 
@@ -20,6 +21,8 @@ class Report:
     engines: Mapping[str, EngineReport]
     ending: bool = False
     """The server was told to end."""
+    settings: SettingsReport | None = None
+    """Which hold, and whether the file was refused."""
 
     @property
     def ready(self) -> bool:
@@ -27,15 +30,21 @@ class Report:
 
     def body(self) -> bytes:
         """JSON: `{"ready": bool, "ending": bool, "engines": {name: {"ready", "checks": {name: "ok"},
-        "reasons": {name: reason}, "canary": {...} | null}}}`."""
+        "reasons": {name: reason}, "canary": {...} | null}}, "settings": {"sha256", "since", "refused": str | null}}`.
+        """
         engines = {name: _told(engine) for name, engine in self.engines.items()}
-        return json.dumps({"ready": self.ready, "ending": self.ending, "engines": engines}).encode()
+        settings = self.settings.told() if self.settings else None
+        return json.dumps(
+            {"ready": self.ready, "ending": self.ending, "engines": engines, "settings": settings}
+        ).encode()
 
 
 class Readiness:
-    """One engine that is ready is enough; each is told."""
+    """One engine that is ready is enough; each is told. Settings that were not taken make nothing unready: those before
+    hold on."""
 
-    def __init__(self, fleet: Fleet, drain: Drain) -> None:
+    def __init__(self, fleet: Fleet, drain: Drain, settings: Callable[[], SettingsReport]) -> None:
+        self._settings = settings
         self._fleet = fleet
         self._drain = drain
 
@@ -44,7 +53,7 @@ class Readiness:
         engines = list(self._fleet.engines.values())
         reports = await asyncio.gather(*(engine.check() for engine in engines))
         named = {engine.name: report for engine, report in zip(engines, reports, strict=True)}
-        return Report(named, self._drain.begun)
+        return Report(named, self._drain.begun, self._settings())
 
 
 def _told(engine: EngineReport) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def run_revoke(arguments: argparse.Namespace) -> int:
         record = records[found[0]]
         if record.revoked is None:
             records[found[0]] = record.model_copy(update={"revoked": _now()})
-    print(f"{record.id} of {record.tenant} is revoked; a running server knows when it reads the file again")
+    print(f"{record.id} of {record.tenant} is revoked; a running server knows within seconds, or at SIGHUP")
     return 0
 
 

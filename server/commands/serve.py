@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from server.config.origin import Origin
     from server.config.settings import Settings
 
 
@@ -31,7 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
-    from server.config.settings import load
+    from server.config.origin import open_settings
+    from server.config.settings import parse
 
     environ = dict(os.environ)
     flags = {
@@ -42,22 +44,25 @@ def run(arguments: argparse.Namespace) -> int:
     }
     # A flag is checked as the variable of the same key is, and wins over it.
     environ.update({variable: str(value) for variable, value in flags.items() if value is not None})
-    return run_server(load(arguments.config, environ))
+    return run_server(*open_settings(arguments.config, lambda text: parse(text, str(arguments.config), environ)))
 
 
-def run_server(settings: Settings) -> int:
+def run_server(settings: Settings, origin: Origin | None = None) -> int:
     """Run the proxy in this process until SIGINT or SIGTERM; returns the exit code. Prints the URL once it listens.
+    `origin`: where the settings are from, to be read again at SIGHUP and as that changes.
 
     Call it from the main thread, under `signals.termination_as_interrupt`. Raises ConfigError where an address cannot
     be taken, or where the settings name a secret's variable that is not set.
     """
     from server.app import create_app
     from server.listeners import listen, make_server
+    from server.signals import hangup_as
     from server.telemetry.logs import configure
 
     configure(settings.log.level)
-    app = create_app(settings)
+    app = create_app(settings, origin=origin)
     with (
+        hangup_as(app.reload.ask),
         listen(settings.listen.host, settings.listen.port, "listen") as listener,
         listen(settings.admin.host, settings.admin.port, "admin") as operators,
     ):

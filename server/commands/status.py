@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"engine\n  {'evidence channel':<18} {status.channel}")
         if ready is not None:
             print("server")
+            if ready.get("settings"):
+                print("\n".join(_settings_lines(ready["settings"])))
             for name, engine in ready["engines"].items():
                 print("\n".join(_server_lines(name, engine)))
     return 0 if not apart and (ready is None or ready["ready"]) else 1
@@ -119,6 +121,16 @@ def _server_lines(name: str, engine: dict[str, Any]) -> list[str]:
         reason = engine["reasons"].get(check)
         lines.append(f"    {check:<16} {state}{f': {reason}' if reason else ''}")
     return [*lines, f"    {'last canary':<16} {_canary(engine['canary'])}"]
+
+
+def _settings_lines(settings: dict[str, Any]) -> list[str]:
+    """Which settings hold, and whether the file was refused."""
+    file = settings["sha256"] or "no file"
+    lines = [f"  {'settings':<18} {file}, since {settings['since']}"]
+    if settings["refused"] is not None:
+        first, *more = settings["refused"].splitlines()
+        lines += [f"  {'refused':<18} {first}", *(f"  {'':<18} {line}" for line in more)]
+    return lines
 
 
 def _rates(detectors: Iterable[DetectorStatus]) -> str:

@@ -16,6 +16,7 @@ from guard.errors import CalibrationError, ConfigError, EngineError
 
 if TYPE_CHECKING:
     from guard.engine.launch import GuardedAdapter
+    from server.config.origin import Origin
     from server.config.settings import Settings
     from server.engine_process import EngineProcess
 
@@ -104,12 +105,12 @@ def run(arguments: argparse.Namespace) -> int:
         adapters=adapters,
     ) as engine:
         engine.wait_until_up()
-        settings = _settings(arguments, engine.url, fingerprint)
+        settings, origin = _settings(arguments, engine.url, fingerprint)
         # One command, one end: a server without its engine would only refuse.
         ending = threading.Event()
         threading.Thread(target=_end_with, args=(engine, ending), daemon=True).start()
         try:
-            run_server(settings)
+            run_server(settings, origin)
         finally:
             ending.set()
         died = engine.returncode
@@ -137,15 +138,27 @@ def _adapters(arguments: argparse.Namespace) -> list[GuardedAdapter]:
     return [GuardedAdapter(name, folder, bank, read_header(bank).fingerprint, cal) for name, folder, bank, cal in given]
 
 
-def _settings(arguments: argparse.Namespace, url: str, fingerprint: str | None) -> Settings:
-    """The file's settings, with this engine as the upstream. Its bank is the one that must be loaded, unless it can be
-    changed while it runs."""
+def _settings(arguments: argparse.Namespace, url: str, fingerprint: str | None) -> tuple[Settings, Origin | None]:
+    """The file's settings for this engine, and where they can be read again."""
+    from server.config.origin import open_settings
+    from server.config.settings import Settings, parse
+
+    if arguments.config is None:
+        return _fitted(Settings(version=1), arguments, url, fingerprint), None
+    environ = dict(os.environ)
+    return open_settings(
+        arguments.config,
+        lambda text: _fitted(parse(text, str(arguments.config), environ), arguments, url, fingerprint),
+    )
+
+
+def _fitted(settings: Settings, arguments: argparse.Namespace, url: str, fingerprint: str | None) -> Settings:
+    """Settings with this engine as the upstream. Its bank is the one that must be loaded, unless it can be changed
+    while it runs."""
     from guard.control import admin_token
     from server.config.sections import Listen
-    from server.config.settings import Settings, load
     from server.config.upstream import UpstreamSettings
 
-    settings = load(arguments.config, os.environ) if arguments.config else Settings(version=1)
     if settings.upstreams:
         raise ConfigError(
             f"{arguments.config}: `upstreams` names engines that run already, and `undertow up` starts one; expected "

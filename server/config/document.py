@@ -5,6 +5,7 @@ read_document(text, "undertow.yaml") -> mapping;  check(document, Settings, name
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from types import UnionType
@@ -29,6 +30,8 @@ def read_document(text: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}: {where}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: is not YAML") from error
+    except RecursionError:
+        raise ConfigError(f"{name}: is nested too deep") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{name}: expected a mapping of settings, found {_kind(document)}")
     return document
@@ -78,14 +81,17 @@ def _explain(problem: ErrorDetails, root: type[BaseModel], name: str, overridden
         return f"{name}: {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] == "extra_forbidden":
         # Its value is not shown: it may be a secret that somebody wanted to keep here.
-        return f"{place}: unknown key; expected one of {', '.join(_known_keys(root, path[:-1]))}"
+        known = _known_keys(root, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        meant = f"did you mean `{near[0]}`? " if near else ""
+        return f"{place}: unknown key; {meant}expected one of {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{place}: missing; expected {'1' if path == ('version',) else 'a value'}"
     message = problem["msg"].removeprefix("Value error, ")
     message = re.sub(r"^Input should be ", "expected ", message)
     if "[key]" in problem["loc"]:
         return f"{place}: unknown name; {message}"
-    return f"{place}: found {_shown(path, problem['input'])}; {message}"
+    return f"{place}: found {shown(path, problem['input'])}; {message}"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
@@ -118,11 +124,11 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _shown(path: tuple[str, ...], value: object) -> str:
+def shown(path: tuple[str, ...], value: object) -> str:
     """A value as a message may show it: short, and nothing that may be a key or a password."""
     if path[-1:] == ("api_key_env",):
         return "something that is not a variable's name (not shown)"
-    if path[-1:] == ("url",) and "@" in str(value):
+    if "@" in str(value) and (path[-1:] == ("url",) or "://" in str(value)):
         return "a URL with credentials (not shown)"
     if isinstance(value, (dict, list)):
         return _kind(value)

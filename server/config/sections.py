@@ -55,6 +55,17 @@ class Shutdown(Strict):
     )
 
 
+class Reloading(Strict):
+    """When this file is read again."""
+
+    every_s: float = Field(
+        default=1.0,
+        ge=0,
+        description="Seconds between two looks at this file. What two in a row find changed is taken, whole or not at "
+        "all. 0: only at SIGHUP.",
+    )
+
+
 class Log(Strict):
     """JSON lines on stderr."""
 

@@ -11,14 +11,14 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from guard.errors import ConfigError
 from server.config.access import AccessSettings
 from server.config.admin import AdminSettings
 from server.config.document import check, override, read_document
 from server.config.endpoints import Endpoints
+from server.config.file import read_file
 from server.config.policies import PolicySettings
 from server.config.rules import Name, Rule
-from server.config.sections import Limits, Listen, Log, Shutdown
+from server.config.sections import Limits, Listen, Log, Reloading, Shutdown
 from server.config.strict import Strict
 from server.config.upstream import EngineName, UpstreamSettings
 
@@ -68,12 +68,18 @@ class Settings(Strict):
     endpoints: Endpoints = Endpoints()
     limits: Limits = Limits()
     shutdown: Shutdown = Shutdown()
+    reload: Reloading = Reloading()
     log: Log = Log()
 
     @property
     def engines(self) -> dict[str, UpstreamSettings]:
         """Every engine by its name, in the order of the file."""
         return self.upstreams or {"main": self.upstream}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Other files that they name, and that are read with them."""
+        return () if self.access.keys_file is None else (self.access.keys_file,)
 
     @model_validator(mode="after")
     def _one_engine_or_several(self) -> Self:
@@ -114,12 +120,7 @@ def effective(settings: Settings, rule: Rule) -> PolicySettings:
 
 def load(path: Path, environ: Mapping[str, str]) -> Settings:
     """Read `path`, let `environ` override it (see ENVIRONMENT), check it. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text") from error
+    text, _ = read_file(path)
     return parse(text, str(path), environ)
 
 

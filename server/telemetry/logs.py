@@ -47,6 +47,11 @@ def configure(level: LogLevel) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    set_level(level)
+
+
+def set_level(level: LogLevel) -> None:
+    """The least severe level that is written."""
     LOGGER.setLevel(level.upper())
     logging.getLogger("uvicorn.error").setLevel(max(logging.getLevelName(level.upper()), logging.INFO))
 

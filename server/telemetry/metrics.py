@@ -208,6 +208,22 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "Always 1. The fingerprint of each engine's bank; empty without a handshake.",
         {"engine": None, "fingerprint": None},
     ),
+    Declaration(
+        "undertow_config_last_reload_success",
+        "gauge",
+        "1 where the settings file, as it was read last, holds; 0 where it was refused, and what held before holds on.",
+    ),
+    Declaration(
+        "undertow_config_last_reload_timestamp_seconds",
+        "gauge",
+        "When the settings that hold were taken, in seconds since 1970.",
+    ),
+    Declaration(
+        "undertow_config_info",
+        "gauge",
+        "Always 1. The SHA-256 of the settings file that holds, as `sha256sum` prints it; empty without a file.",
+        {"sha256": None},
+    ),
     Declaration("undertow_build_info", "gauge", "Always 1. The server's version.", {"version": None}),
 )
 
@@ -337,6 +353,17 @@ class Metrics:
     def passed_over(self, name: str) -> None:
         """An engine could not take a request, which another one is asked."""
         self._counters["undertow_engine_passed_over_total"].labels(name).inc()
+
+    def settings_hold(self, sha256: str, at: float) -> None:
+        """Settings from a file with this digest were taken, at this moment."""
+        self._gauges["undertow_config_info"].clear()
+        self._gauges["undertow_config_info"].labels(sha256).set(1)
+        self._gauges["undertow_config_last_reload_timestamp_seconds"].set(at)
+        self._gauges["undertow_config_last_reload_success"].set(1)
+
+    def settings_refused(self) -> None:
+        """The file, as it is now, was not taken."""
+        self._gauges["undertow_config_last_reload_success"].set(0)
 
     def loaded(self, name: str, fingerprint: str) -> None:
         """An engine's bank changed; empty where it is not known."""

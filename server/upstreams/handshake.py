@@ -158,6 +158,8 @@ class HandshakeKeeper:
         self.error: EngineError | UpstreamError = UpstreamError("connect", "the engine was not asked yet")
         """Why there is none; of the last time that there was none."""
         self._apart: list[str] = []
+        self.status: Status | None = None
+        """What the engine said last; None where it does not answer, or was dropped."""
         self.current: Handshake | None = None
         """The last handshake; None where it failed or was dropped."""
         self.silences = 0
@@ -210,6 +212,7 @@ class HandshakeKeeper:
         if self.current is not None:
             self._set(None, HandshakeError(reason))
             self._tried = float("-inf")
+            self.status = None
 
     async def watch(self) -> None:
         """Renew the handshake forever, so that a restarted engine is found without a request."""
@@ -228,7 +231,7 @@ class HandshakeKeeper:
                 absent = answer.status_code == 404
                 hint = "is Undertow's middleware loaded in the engine?" if absent else "its workers gave no status"
                 raise HandshakeError(f"{STATUS_PATH} of the engine answered {answer.status_code}; {hint}")
-            status = Status.from_json(answer.content)
+            self.status = status = Status.from_json(answer.content)
             self._set(agree(status, self._policies(), self._expected), None)
             self._tell_apart(status.apart(VERDICTS))
         except UpstreamError as error:
@@ -262,6 +265,8 @@ class HandshakeKeeper:
                 workers=handshake.workers,
                 adapters=sorted(handshake.adapters),
             )
+        if isinstance(error, UpstreamError):
+            self.status = None
         if handshake is None:
             self._agreed.clear()  # an engine that comes back is another one
         elif (agreed := handshake.guard_of(None)) not in self._agreed:

@@ -191,7 +191,7 @@ def test_up_pins_the_bank_unless_it_can_be_changed(
     if token is not None:
         monkeypatch.setenv(TOKEN_VARIABLE, token)
     arguments = argparse.Namespace(config=None, host=None, port=None, admin_port=None)
-    assert up._settings(arguments, "http://127.0.0.1:1", "sha256:started").upstream.fingerprint == pinned
+    assert up._settings(arguments, "http://127.0.0.1:1", "sha256:started")[0].upstream.fingerprint == pinned
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

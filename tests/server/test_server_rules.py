@@ -134,7 +134,10 @@ def test_a_bracket_in_a_pattern_is_a_bracket() -> None:
     [
         ("rules: [{match: {}}]", "`rules.0.match`: found a mapping; matches everything, which `policy` is for"),
         ("rules: [{match: {model: m}, policy: lax}]", "`rules.0.policy` is `lax`, expected one of default"),
-        ("rules: [{match: {modle: m}}]", "`rules.0.match.modle`: unknown key; expected one of endpoint, model, tenant"),
+        (
+            "rules: [{match: {modle: m}}]",
+            "`rules.0.match.modle`: unknown key; did you mean `model`? expected one of endpoint, model, tenant",
+        ),
         ("rules: [{match: {endpoint: chat}}]", "found 'chat'; expected one of chat_completions, completions"),
         ("rules: [{match: {endpoint: models}}]", "found 'models'; expected one of chat_completions, completions"),
         ("rules: [{match: {model: m}, override: {}}]", "changes nothing; expected one of mode, on_error, on_block"),

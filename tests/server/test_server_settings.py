@@ -46,9 +46,9 @@ def test_the_shipped_file_names_every_variable_that_overrides_it() -> None:
         ("version: 1\nlisten: {port: 99999}", "`listen.port`: found 99999; expected less than or equal to 65535"),
         (
             "version: 1\nupstreem: {}",
-            "`upstreem`: unknown key; expected one of ",
+            "`upstreem`: unknown key; did you mean `upstream`? expected one of ",
         ),
-        ("version: 1\nupstream: {uri: x}", "`upstream.uri`: unknown key; expected one of api_key_env"),
+        ("version: 1\nupstream: {uri: x}", "`upstream.uri`: unknown key; did you mean `url`? expected one of api_"),
         ("version: 1\nupstream: {url: 'ftp://x'}", "`upstream.url`: found 'ftp://x'; expected http://HOST:PORT"),
         ("version: 1\nupstream: {url: 'http://x/v1'}", "expected no path"),
         ("version: 1\nupstream: {url: 'http://x:y'}", "expected http://HOST:PORT"),
@@ -73,7 +73,7 @@ def test_the_shipped_file_names_every_variable_that_overrides_it() -> None:
         ),
         (
             "version: 1\npolicy: {detections: {density: {action: block, threshold: {frp: 1}}}}",
-            "`policy.detections.density.threshold.frp`: unknown key; expected one of fpr, raw",
+            "`policy.detections.density.threshold.frp`: unknown key; did you mean `fpr`? expected one of fpr, raw",
         ),
         ("version: 1\nlog: {level: info}\nlog: {level: debug}", "line 3, column 1: duplicate key `log`"),
         ("version: 1\nlisten: {port: 1, port: 2}", "line 2, column 19: duplicate key `port`"),
