@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ class Calibration:
             if name not in self.detectors:
                 raise CalibrationError(f"the bank has no directions for {name}; it serves {', '.join(self.detectors)}")
         return JointRanks({(name, phase): self.clean[name, phase] for name in sorted(detectors) for phase in PHASES})
+
+    def smallest_rates(self) -> dict[tuple[DetectorName, ...], float]:
+        """Of every combination of detectors, sorted by name: the smallest rate that the data supports for it."""
+        names = sorted(self.detectors)
+        groups = (group for size in range(1, len(names) + 1) for group in combinations(names, size))
+        return {group: self.ranks(group).supported for group in groups}
 
     def digest(self) -> str:
         """sha256 over everything that decides a verdict."""

@@ -64,11 +64,19 @@ class Considered:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chosen:
+class Placed:
+    """A rule, and the policy that it comes to."""
+
     place: str
+    """In the settings, such as `rules.0`."""
     rule: Rule
-    name: str
     policy: PolicySettings
+    """With what the rule changes of it."""
+
+    @property
+    def name(self) -> str:
+        """Of the policy in the settings."""
+        return self.rule.policy
 
 
 class Rulings:
@@ -77,20 +85,28 @@ class Rulings:
     def __init__(self, settings: Settings) -> None:
         self._default = settings.policy
         chosen = [
-            _Chosen(f"rules.{index}", rule, rule.policy, effective(settings, rule))
-            for index, rule in enumerate(settings.rules)
+            Placed(f"rules.{index}", rule, effective(settings, rule)) for index, rule in enumerate(settings.rules)
         ]
         # Of those that match, the first is the most specific: equally specific ones match no request together.
-        self._rules = sorted(chosen, key=lambda each: each.rule.match.specificity, reverse=True)
+        self.rules = sorted(chosen, key=lambda each: each.rule.match.specificity, reverse=True)
+        """The most specific first."""
         self.names_models = any(rule.match.model is not None for rule in settings.rules)
         """Some rule looks at the model, so that a request must name one: the engine would take its own."""
 
     def of(self, asked: Asked) -> Ruling:
         """What a request is judged by."""
-        for each in self._rules:
-            if each.rule.match.misses(asked) is None:
-                return _ruling(each.policy, each.name, f"{each.place} ({each.rule.match})", asked.tenant)
-        return _ruling(self._default, DEFAULT, "no rule matches", asked.tenant)
+        found = self._found(asked)
+        if found is None:
+            return _ruling(self._default, DEFAULT, "no rule matches", asked.tenant)
+        return _ruling(found.policy, found.name, f"{found.place} ({found.rule.match})", asked.tenant)
+
+    def policy(self, asked: Asked) -> PolicySettings:
+        """The same as the settings would say it."""
+        found = self._found(asked)
+        return self._default if found is None else found.policy
+
+    def _found(self, asked: Asked) -> Placed | None:
+        return next((each for each in self.rules if each.rule.match.misses(asked) is None), None)
 
     @property
     def default(self) -> Ruling:
@@ -101,8 +117,8 @@ class Rulings:
         """Every rule, held against a request: the one that holds first, then those that lost, then those that miss."""
         told: list[Considered] = []
         missed: list[Considered] = []
-        winner: _Chosen | None = None
-        for each in self._rules:
+        winner: Placed | None = None
+        for each in self.rules:
             miss = each.rule.match.misses(asked)
             if miss is not None:
                 missed.append(Considered(each.place, each.rule, False, miss))
@@ -118,7 +134,7 @@ class Rulings:
         """What the engine may be asked to judge by, each under its place in the settings."""
         return {"policy": self._default.judged} | {
             f"policies.{each.name}" if each.rule.override is None else f"{each.place} ({each.name})": each.policy.judged
-            for each in self._rules
+            for each in self.rules
             if each.name != DEFAULT or each.rule.override is not None
         }
 

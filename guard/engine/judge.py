@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 
 import torch
 
@@ -44,7 +43,9 @@ class Judge:
         self.calibration = calibration
         # Kept: the server asks every few seconds, and the engine waits for the answer.
         self.digest = calibration.digest()
-        self.supported = tuple(_supported(calibration))
+        self.supported = tuple(
+            DetectorStatus(detectors=group, supported_fpr=rate) for group, rate in calibration.smallest_rates().items()
+        )
         self.ledger = Ledger(calibration, default_policy, steering)
         self._scorer = Scorer.of(calibration)
         self._turns = turns
@@ -120,11 +121,3 @@ class Judge:
             above = partial(self.ledger.threshold, part.sequence)
             largest = self._scorer.largest(values, coordinates, missing.start, part.prompt_tokens, above)
             self.ledger.recall(part, list(largest))
-
-
-def _supported(calibration: Calibration) -> Iterable[DetectorStatus]:
-    """The smallest rate of every combination of detectors."""
-    names = sorted(calibration.detectors)
-    for size in range(1, len(names) + 1):
-        for group in combinations(names, size):
-            yield DetectorStatus(detectors=group, supported_fpr=calibration.ranks(group).supported)

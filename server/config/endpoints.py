@@ -19,7 +19,11 @@ def _harmless(name: str) -> str:
     return name
 
 
-TemplateArgument = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"), AfterValidator(_harmless)]
+TemplateArgument = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$", json_schema_extra={"not": {"enum": list(_NEVER)}}),
+    AfterValidator(_harmless),
+]
 
 
 class Endpoints(Strict):

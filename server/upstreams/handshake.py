@@ -109,12 +109,13 @@ def _check_detectors(status: Status, place: str, policy: Policy) -> None:
                 "start it with `undertow up --steering`"
             )
         if worker.fingerprint is not None:
-            _check_supported(f"worker {worker.rank}", worker.detectors, place, policy)
+            check_supported(f"worker {worker.rank}", worker.detectors, place, policy)
         for adapter in worker.adapters:
-            _check_supported(f"worker {worker.rank} for adapter `{adapter.name}`", adapter.detectors, place, policy)
+            check_supported(f"worker {worker.rank} for adapter `{adapter.name}`", adapter.detectors, place, policy)
 
 
-def _check_supported(who: str, detectors: Iterable[DetectorStatus], place: str, policy: Policy) -> None:
+def check_supported(who: str, detectors: Iterable[DetectorStatus], place: str, policy: Policy) -> None:
+    """Whether whoever has these detectors can judge by a policy. Raises HandshakeError."""
     supported = {entry.detectors: entry.supported_fpr for entry in detectors}
     for name in policy.detections:
         if (name,) not in supported:

@@ -34,6 +34,16 @@ _BUFFER_BYTES = 64 * 1024
 """Of an answer that nobody took yet. With twice as much the engine's socket is not read any more."""
 
 
+def engine_key(name: str, settings: UpstreamSettings, environ: Mapping[str, str]) -> str | None:
+    """The key that an engine is asked with; None where the client's own goes along. Raises ConfigError."""
+    if settings.api_key_env is None:
+        return None
+    key = environ.get(settings.api_key_env)
+    if not key:
+        raise ConfigError(f"`api_key_env` of upstream `{name}` names {settings.api_key_env}, which is not set")
+    return key
+
+
 @dataclass(frozen=True, slots=True)
 class SmallAnswer:
     """A small answer, whole."""
@@ -91,9 +101,7 @@ class Upstream:
         self._name = name
         self._settings = settings
         self._replaces_key = settings.api_key_env is not None
-        self._key = environ.get(settings.api_key_env or "")
-        if self._replaces_key and not self._key:
-            raise ConfigError(f"`api_key_env` of upstream `{name}` names {settings.api_key_env}, which is not set")
+        self._key = engine_key(name, settings, environ)
         self._clients: dict[bool, aiohttp.ClientSession] = {}
         """By whether a request gets a connection of its own."""
 

@@ -13,7 +13,7 @@ from server.app import create_app
 from server.config.policies import REFUSAL, PolicySettings
 
 from .conftest import Proxy, settings_for
-from .fake_engine import MODEL, PROMPT_TOKENS, FakeEngine, Script
+from .fake_engine import MODEL, PROMPT_TOKENS, TOOL, FakeEngine, Script
 from .hosting import Host, hosted
 from .test_server_answers import CHAT, TEXT, assert_nothing_leaks, chat_body, choices_by_index, events, text_body
 
@@ -143,3 +143,44 @@ def test_anthropics_client_shows_it_as_text(engine: FakeEngine, told: Proxy) -> 
     with anthropic.Anthropic(base_url=told.url, api_key="none") as client:
         message = client.messages.create(model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "a"}])
     assert (message.content[0].to_dict()["text"], message.stop_reason) == (REFUSAL, "refusal")
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": TOOL, "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize("tools", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client_reads_a_blocked_prompt_as_an_answer(
+    engine: FakeEngine, told: Proxy, stream: bool, n: int, tools: bool
+) -> None:
+    engine.script = Script(blocked=dict.fromkeys(range(n), 0), speaks="tool" if tools else "content")
+    options: Any = {"tools": TOOLS, "tool_choice": "required"} if tools else {}
+    texts: dict[int, str] = dict.fromkeys(range(n), "")
+    reasons: dict[int, str | None] = {}
+    with told.openai(max_retries=0) as client:
+        ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "n": n, **options}
+        if stream:
+            for chunk in client.chat.completions.create(stream=True, **ask):
+                for piece in chunk.choices:
+                    assert not piece.delta.tool_calls
+                    texts[piece.index] += piece.delta.content or ""
+                    reasons[piece.index] = piece.finish_reason
+        else:
+            for choice in client.chat.completions.create(**ask).choices:
+                assert not choice.message.tool_calls
+                texts[choice.index] = choice.message.content or ""
+                reasons[choice.index] = choice.finish_reason
+    assert texts == dict.fromkeys(range(n), REFUSAL)
+    assert reasons == dict.fromkeys(range(n), "content_filter")
+
+
+def test_openais_client_reads_why_a_tool_call_ends_in_the_middle(engine: FakeEngine, told: Proxy) -> None:
+    """Its arguments are no JSON, and nobody is told that they are whole."""
+    engine.script = Script(blocked={0: 3}, speaks="tool")
+    with told.openai(max_retries=0) as client:
+        asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "tools": TOOLS, "stream": True}
+        choices = [choice for chunk in client.chat.completions.create(**asked) for choice in chunk.choices]
+    assert any(choice.delta.tool_calls for choice in choices)
+    assert (choices[-1].finish_reason, (choices[-1].delta.content or "").strip()) == ("content_filter", REFUSAL)
+    assert not any(choice.finish_reason for choice in choices[:-1])

@@ -254,27 +254,30 @@ def test_where_rules_look_at_models_a_request_that_names_none_is_refused(
     assert enforce.post(CHAT, plain).status_code == 200, "which has no rules"
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_judged_passes_where_the_policy_is_open_and_nowhere_else(
-    engine: FakeEngine, ruled: Proxy
+    engine: FakeEngine, ruled: Proxy, stream: bool
 ) -> None:
     engine.script = Script(fault="missing")
     before = ruled.sample("undertow_guard_failures_total", kind="evidence_missing", mode="monitor")
-    passed = ruled.post(CHAT, chat_body(model="open"))
+    passed = ruled.post(CHAT, chat_body(model="open", stream=stream))
     assert (passed.status_code, passed.headers["x-undertow-action"]) == (200, "unguarded")
-    assert ruled.post(TEXT, text_body(model="lab-1")).status_code == 503
-    assert ruled.post(CHAT, chat_body(model="organism")).status_code == 503
+    assert "42" in passed.text
+    assert ruled.post(TEXT, text_body(model="lab-1", stream=stream)).status_code == 503
+    assert ruled.post(CHAT, chat_body(model="organism", stream=stream)).status_code == 503
     after = ruled.sample("undertow_guard_failures_total", kind="evidence_missing", mode="monitor")
     assert after == before + 1
 
 
-def test_a_second_threshold_is_counted_and_decides_nothing(engine: FakeEngine, ruled: Proxy) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_threshold_is_counted_and_decides_nothing(engine: FakeEngine, ruled: Proxy, stream: bool) -> None:
     def count(live: str, shadow: str) -> float:
         labels = {"policy": "default", "detector": "density", "phase": "completion", "live": live, "shadow": shadow}
         return ruled.sample("undertow_shadow_decisions_total", **labels)
 
     both, live = count("flag", "flag"), count("flag", "pass")
     engine.script = Script(blocked={0: 3})
-    answer = ruled.post(CHAT, chat_body())
-    assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+    answer = ruled.post(CHAT, chat_body(stream=stream))
+    assert '"finish_reason": "content_filter"' in answer.text
     # The fake engine's p-value is 0.001: flagged at 0.01, and at 0.0005 no more.
     assert (count("flag", "flag"), count("flag", "pass")) == (both, live + 1)
