@@ -17,7 +17,7 @@ COMMANDS = (
     "guard.commands.calibrate",
     "guard.commands.score",
     "guard.commands.eval",
-    "guard.commands.bench",
+    "server.commands.bench",
     "server.commands.config",
     "server.commands.keys",
     "server.commands.demo",

@@ -1,4 +1,4 @@
-"""`undertow bench`: what the guard costs on this machine."""
+"""`undertow bench engine`: what the guard costs in the engine, on this machine."""
 
 from __future__ import annotations
 
@@ -35,10 +35,8 @@ SHAPE_NAMES = ("tiny", "0.4b", "1b", "8b")
 REFERENCES, HELD_OUT, CALIBRATION_RATE = 48, 48, 0.1
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `bench` to the command line."""
-    parser = subparsers.add_parser("bench", help="time what the guard costs on this machine")
-    kinds = parser.add_subparsers(title="what to time", dest="kind", metavar="WHAT", required=True)
+def add_engine(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `engine` to what `undertow bench` can time."""
     engine = kinds.add_parser(
         "engine",
         help="vLLM with the guard inside against vLLM without",

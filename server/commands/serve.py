@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import sys
@@ -68,12 +69,21 @@ def run_server(settings: Settings, origin: Origin | None = None) -> int:
     ):
         print(f"undertow: listening on {_address(listener)}/v1 (Ctrl-C ends it)", file=sys.stderr)
         print(f"undertow: metrics and status on {_address(operators)}", file=sys.stderr)
+        server = make_server(app, settings, operators)
+        _spare_collector()
         try:
-            make_server(app, settings, operators).run(sockets=[listener])
+            server.run(sockets=[listener])
         except KeyboardInterrupt:
             # uvicorn has shut down in order and hands the signal on.
             return 0
     return 0
+
+
+def _spare_collector() -> None:
+    """Let the garbage collector leave alone what is here for good: going through all of it stops every request for some
+    40 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 def _address(listener: socket.socket) -> str:

@@ -119,10 +119,15 @@ def process(engine: FakeEngine, played: tuple[FakeEngine, Host], tmp_path: Path)
     """The server as a process: its URL and its id."""
     config = tmp_path / "undertow.yaml"
     config.write_text("version: 1\n")
-    line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0"]
-    with subprocess.Popen(
-        [*line, "--upstream", played[1].url], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
-    ) as server:
+    line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0", "--admin-port", "0"]
+    environ = {**os.environ, "PYTHONPATH": "."}
+    with (
+        subprocess.Popen(
+            [*line, "--upstream", played[1].url], stderr=subprocess.PIPE, text=True, env=environ
+        ) as server,
+        ExitStack() as stack,
+    ):
+        stack.callback(server.kill)
         assert server.stderr is not None
         found = re.search(r"listening on (http://127\.0\.0\.1:\d+)/v1", server.stderr.readline())
         assert found

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
+
+from server.commands.serve import run_server
+from server.config.settings import Settings
 
 from .fake_engine import FakeEngine, Script
 from .hosting import Host
@@ -50,3 +55,20 @@ def test_serve_prints_its_url_and_ends_cleanly_on_a_signal(
     assert "\x1b" not in log
     assert "my secret prompt" not in log
     assert "sk-canary-7" not in log
+
+
+def test_the_garbage_collector_leaves_alone_what_is_there_when_serving_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[int] = []
+
+    class Recorded:
+        def run(self, sockets: list[socket.socket]) -> None:
+            frozen.append(gc.get_freeze_count())
+
+    monkeypatch.setattr("server.listeners.make_server", lambda *_: Recorded())
+    anywhere = {"host": "127.0.0.1", "port": 0}
+    before = gc.get_freeze_count()
+    try:
+        assert run_server(Settings.model_validate({"version": 1, "listen": anywhere, "admin": anywhere})) == 0
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > before + 10_000
