@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import os
@@ -10,10 +11,12 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from guard.errors import ConfigError
 from guard.policy import Policy
 from server import cli
 from server.app import Undertow, create_app
+from server.config.file import look
 from server.config.fixed import moved
 from server.config.origin import open_settings
 from server.config.settings import Settings, parse
@@ -393,6 +397,22 @@ def test_without_an_engine_a_new_policy_waits_and_an_old_one_does_not(
         run.refused("no engine answers, so nobody says whether it can judge by `policy`")
 
 
+def test_what_an_engine_said_before_it_went_away_counts_no_more(engine: FakeEngine, tmp_path: Path) -> None:
+    """It may come back with another calibration."""
+    run = Run(tmp_path / "undertow.yaml", engine, "")
+    with hosted(engine.app) as upstream:
+        run.upstream = upstream.url
+        run.path.write_text(run.text())
+        settings, origin = open_settings(run.path, lambda text: parse(text, str(run.path), {}))
+        with hosted(create_app(settings, {}, origin), "on") as host:
+            run.proxy = Proxy(host)
+            eventually(lambda: run.proxy.get("/readyz").status_code == 200)
+            upstream.stop()
+            eventually(lambda: run.proxy.sample("undertow_engine_ready", engine="main") == 0)
+            run.write(run.text(policy={"mode": "monitor"}))
+            run.refused("no engine answers")
+
+
 def test_settings_that_nobody_could_use_can_be_put_right_while_the_server_runs(
     engine: FakeEngine, played: tuple[FakeEngine, Host], tmp_path: Path
 ) -> None:
@@ -463,17 +483,26 @@ class Served:
         return lambda: any(text in line for line in self.log)
 
 
-def serve(run_text: str, path: Path, config: str | None = None, **options: Any) -> Served:
+@contextmanager
+def serve(run_text: str, path: Path, config: str | None = None, **options: Any) -> Iterator[Served]:
+    """Runs it, and sees that it ends in order."""
     path.write_text(run_text)
     line = [sys.executable, "-m", "server.cli", "serve", "--config", config or str(path)]
     process = subprocess.Popen(
         [*line, "--port", "0", "--admin-port", "0"], stderr=subprocess.PIPE, text=True, **options
     )
-    assert process.stderr is not None
-    urls = [re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()) for _ in range(2)]
-    assert urls[0]
-    assert urls[1]
-    return Served(process, urls[0][0], urls[1][0])
+    try:
+        assert process.stderr is not None
+        urls = [re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()) for _ in range(2)]
+        assert urls[0]
+        assert urls[1]
+        served = Served(process, urls[0][0], urls[1][0])
+        yield served
+        process.terminate()
+        assert served.ended() == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -482,8 +511,7 @@ def written(engine: FakeEngine, played: tuple[FakeEngine, Host], tmp_path: Path)
 
 
 def test_sighup_reads_the_file_and_ends_nothing(written: Run) -> None:
-    served = serve(written.text(reload={"every_s": 0}), written.path)
-    try:
+    with serve(written.text(reload={"every_s": 0}), written.path) as served:
         written.engine.script = Script(blocked={0: 5}, tokens=("a",) * 5, token_delay_s=0.2)
         with httpx.stream("POST", f"{served.url}{CHAT}", json=chat_body(stream=True), timeout=20) as answer:
             written.write(written.text(reload={"every_s": 0}, policy={"mode": "monitor"}, log={"level": "debug"}))
@@ -498,9 +526,6 @@ def test_sighup_reads_the_file_and_ends_nothing(written: Run) -> None:
         served.process.send_signal(signal.SIGHUP)
         eventually(served.says("`version`: found 2; expected 1"))
         assert httpx.get(f"{served.admin}/readyz", timeout=20).json()["ready"]
-    finally:
-        served.process.terminate()
-        assert served.ended() == 0
 
 
 def test_a_terminal_that_closes_ends_the_server_in_order(written: Run) -> None:
@@ -508,32 +533,35 @@ def test_a_terminal_that_closes_ends_the_server_in_order(written: Run) -> None:
 
     def attach() -> None:
         os.setsid()
-        import fcntl
-        import termios
-
         fcntl.ioctl(follower, termios.TIOCSCTTY, 0)
 
-    served = serve(written.text(), written.path, stdin=follower, preexec_fn=attach)
-    os.close(follower)
-    assert served.process.poll() is None
-    served.process.send_signal(signal.SIGHUP)
-    eventually(served.says("settings taken"))
-    os.close(leader)
-    assert served.ended() == 0
+    with serve(written.text(), written.path, stdin=follower, preexec_fn=attach) as served:
+        os.close(follower)
+        served.process.send_signal(signal.SIGHUP)
+        eventually(served.says("settings taken"))
+        assert served.process.poll() is None
+        os.close(leader)
+        assert served.process.wait(20) == 0
 
 
 def test_settings_from_a_pipe_are_for_good(written: Run) -> None:
     source, sink = os.pipe()
     os.write(sink, written.text().encode())
     os.close(sink)
-    served = serve("", written.path, f"/dev/fd/{source}", pass_fds=(source,))
-    os.close(source)
-    try:
+    with serve("", written.path, f"/dev/fd/{source}", pass_fds=(source,)) as served:
+        os.close(source)
         served.process.send_signal(signal.SIGHUP)
         eventually(served.says("came from no file that can be read again"))
-    finally:
-        served.process.terminate()
-        assert served.ended() == 0
+
+
+def test_a_pipe_in_the_place_of_the_file_is_refused_and_nobody_waits_for_it(run: Run) -> None:
+    run.path.unlink()
+    os.mkfifo(run.path)
+    run.refused("is no regular file")
+    assert look([run.path]) == ("special",)
+    text = run.text()
+    run.write(text)
+    run.taken(text)
 
 
 def test_a_change_between_reading_the_file_and_serving_it_is_not_missed(written: Run) -> None:
