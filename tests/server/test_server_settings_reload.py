@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import itertools
@@ -29,6 +30,7 @@ from guard.errors import ConfigError
 from guard.policy import Policy
 from server import cli
 from server.app import Undertow, create_app
+from server.commands import up
 from server.config.file import look
 from server.config.fixed import moved
 from server.config.origin import open_settings
@@ -572,6 +574,21 @@ def test_a_change_between_reading_the_file_and_serving_it_is_not_missed(written:
     with hosted(create_app(settings, {}, origin), "on") as host:
         written.proxy = Proxy(host)
         written.taken(text)
+
+
+def test_up_reads_its_settings_again_with_its_own_engine_and_flags_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "undertow.yaml"
+    path.write_text("version: 1\n")
+    arguments = argparse.Namespace(config=path, host="127.0.0.2", port=9, admin_port=7)
+    settings, origin = up._settings(arguments, "http://127.0.0.1:1", "sha256:started")
+    assert origin
+    path.write_text("version: 1\npolicy: { mode: monitor }\n")
+    again, _ = origin.read()
+    assert (settings.policy.mode, again.policy.mode) == ("enforce", "monitor")
+    assert moved(settings, again) == []
+    path.write_text("version: 1\nupstreams: { a: {} }\n")
+    with pytest.raises(ConfigError, match="`upstreams` names engines that run already"):
+        origin.read()
 
 
 def test_a_file_that_is_no_settings_file_by_its_size_is_refused(tmp_path: Path) -> None:
