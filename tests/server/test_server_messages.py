@@ -300,10 +300,13 @@ def test_a_whole_agents_turn_is_one_chat(engine: FakeEngine, enforce: Proxy) -> 
 
 
 def test_the_key_of_anthropics_clients_reaches_the_engine(engine: FakeEngine, enforce: Proxy) -> None:
+    with httpx.Client(base_url=enforce.url, verify=False) as plain:
+        assert plain.post(PATH, json=body(), headers={"x-api-key": KEY}).status_code == 200
+    assert engine.headers[-1]["authorization"] == f"Bearer {KEY}"
+    assert "x-api-key" not in engine.headers[-1]
     with client(enforce) as talking:
         talking.messages.create(**body())
     assert engine.headers[-1]["authorization"] == f"Bearer {KEY}"
-    assert "x-api-key" not in engine.headers[-1]
 
 
 def test_its_keys_and_quotas_are_told_in_its_shape(
@@ -393,6 +396,14 @@ def test_whatever_comes_the_stream_ends_once_in_its_own_shape(chunks: list[bytes
     assert written.count(b"event: error") == 1
     assert written.endswith(b"\n\n")
     assert b"event: message_stop" not in written
+
+
+def test_a_stream_that_is_done_without_an_end_has_failed() -> None:
+    assert MessageWriter().write(b"data: [DONE]\n\n").startswith(b"event: error")
+    writer = MessageWriter()
+    begun = {"id": "a-b", "choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]}
+    assert b"error" not in writer.write(b"data: " + json.dumps(begun).encode() + b"\n\n")
+    assert writer.write(b"data: [DONE]\n\n").startswith(b"event: error")
 
 
 def test_a_call_of_a_tool_that_goes_on_after_its_end_is_an_error_and_not_another_call() -> None:
