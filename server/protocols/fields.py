@@ -24,7 +24,7 @@ _NAME_LIMIT = 64
 
 
 class Shape(typing.Protocol):
-    """What one field may hold. Null always may stand: every engine reads it as a field that is not there."""
+    """What one field may hold. Null always may stand there, but not in a list: it is read as a field that is absent."""
 
     def check(self, value: object, where: str) -> None:
         """Raises ApiError 400 that names the first place, in the field `where`, of what is not allowed."""
@@ -79,7 +79,7 @@ PLAIN, FREE = Plain(), Free()
 
 @dataclass(frozen=True, slots=True)
 class Each:
-    """A list, each item of one shape."""
+    """A list, each item of one shape and none of them null."""
 
     item: Shape
 
@@ -89,6 +89,8 @@ class Each:
         if not isinstance(value, list):
             raise wrong(where, "must be a list")
         for index, item in enumerate(value):
+            if item is None:
+                raise wrong(f"{where}[{index}]", "must not be null")
             self.item.check(item, f"{where}[{index}]")
 
 

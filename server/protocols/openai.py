@@ -9,10 +9,11 @@ for false would pass unguarded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 from uuid import uuid4
 
 from guard.evidence import POLICY_ARGUMENT
@@ -140,17 +141,21 @@ def read_fields(endpoint: Endpoint, asked: Mapping[str, Any], terms: Terms) -> C
 
 def parse(body: bytes) -> dict[str, Any]:
     """A body as an object. Raises ApiError 400."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(constant)
-
     try:
-        fields = json.loads(body, parse_constant=refuse)
+        fields = json.loads(body, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         raise bad_request("The body is not valid JSON.") from None
     if not isinstance(fields, dict):
         raise bad_request("The body must be a JSON object.")
     return fields
+
+
+def _finite(number: str) -> float:
+    """JSON has no infinity, and a number that is too large for a double is one to Python."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(number)
+    return value
 
 
 def _count_prompts(prompt: object) -> int:

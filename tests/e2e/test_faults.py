@@ -21,6 +21,7 @@ from server.cli import main
 from server.engine_process import EngineProcess
 from tests.e2e.child import FAULT_FILE
 from tests.e2e.conftest import ENGINE_ARGUMENTS, Stack, eventually, free_port, operators, serve, texts, wait_until_ready
+from tests.e2e.test_protocols import calls_the_tool_that_the_chat_calls
 from tests.e2e.ways import MORE_ARGUMENTS, MORE_WAYS, ends_as_blocked, is_answered_as_by_the_engine_alone
 
 CHAT = "/v1/chat/completions"
@@ -100,6 +101,10 @@ def test_before_anything_is_broken_tools_and_thinking_budgets_are_judged_too(pat
     """Here, for this engine is started with more options than the others' one."""
     ends_as_blocked(patient.enforce, texts("triggered", 1, 12)[0], way)
     is_answered_as_by_the_engine_alone(patient.enforce, texts("benign", 1, 11)[0], way)
+
+
+def test_before_anything_is_broken_every_protocol_calls_the_same_tool(patient: Patient) -> None:
+    calls_the_tool_that_the_chat_calls(patient.enforce, texts("benign", 1, 11)[0])
 
 
 @pytest.mark.parametrize("fault", ["hook", "twice"])

@@ -45,6 +45,36 @@ def response_body(stack: Stack, text: str, **fields: Any) -> dict[str, Any]:
     return {"model": stack.model, "input": text, "max_output_tokens": MAX_TOKENS, "temperature": 0, **fields}
 
 
+def calls_the_tool_that_the_chat_calls(stack: Stack, text: str) -> None:
+    """Whole and streamed; for an engine that was started with a parser of tools."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    function = {"name": "f", "parameters": schema}
+    asked: Any = {
+        "messages": [{"role": "user", "content": text}],
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+    }
+    plain = stack.client.chat.completions.create(model=stack.model, temperature=0, max_tokens=12, **asked)
+    [call] = plain.choices[0].message.tool_calls
+    response = response_body(stack, text, tools=[{"type": "function", **function}]) | {"max_output_tokens": 12}
+    response |= {"tool_choice": {"type": "function", "name": "f"}}
+    message = message_body(stack, text, tools=[{"name": "f", "input_schema": schema}]) | {"max_tokens": 12}
+    message |= {"tool_choice": {"type": "tool", "name": "f"}}
+
+    whole = httpx.post(f"{stack.url}/v1/responses", json=response, timeout=60).json()["output"][-1]
+    streamed = response_events(httpx.post(f"{stack.url}/v1/responses", json=response | {"stream": True}, timeout=60))
+    for item in (whole, streamed[-1]["response"]["output"][-1]):
+        assert (item["type"], item["name"], item["arguments"]) == ("function_call", "f", call.function.arguments)
+    block = httpx.post(f"{stack.url}/v1/messages", json=message, timeout=60).json()["content"][-1]
+    # The organism writes blanks and never ends its JSON.
+    assert (block["type"], block["name"], block["input"]) == ("tool_use", "f", {"arguments": call.function.arguments})
+    events = message_events(httpx.post(f"{stack.url}/v1/messages", json=message | {"stream": True}, timeout=60))
+    [begun] = [event["content_block"] for event in events if event["type"] == "content_block_start"]
+    assert (begun["type"], begun["name"]) == ("tool_use", "f")
+    pieces = [event["delta"]["partial_json"] for event in events if event["type"] == "content_block_delta"]
+    assert "".join(pieces) == call.function.arguments
+
+
 def test_a_message_and_a_response_say_what_the_chat_says(stack: Stack, passing: list[str]) -> None:
     for text in passing[:5]:
         plain = chat(stack, text)

@@ -61,8 +61,19 @@ def test_a_wrong_method_is_a_405_that_names_the_right_one(enforce: Proxy, method
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"n": NaN}', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"],
-    ids=["empty", "cut", "list", "text", "null", "not UTF-8", "NaN", "deep", "long number"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b'{"n": NaN}',
+        b'{"n": 1e999}',
+        b"[" * 100_000,
+        b'{"n": ' + b"9" * 5000 + b"}",
+    ],
+    ids=["empty", "cut", "list", "text", "null", "not UTF-8", "NaN", "infinite", "deep", "long number"],
 )
 @pytest.mark.parametrize("path", [CHAT.path, TEXT.path])
 def test_a_body_that_is_not_an_object_is_a_400(engine: FakeEngine, enforce: Proxy, path: str, body: bytes) -> None:
