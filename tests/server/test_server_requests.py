@@ -69,7 +69,6 @@ def test_a_wrong_method_is_a_405_that_names_the_right_one(enforce: Proxy, method
         b"null",
         b"\xff\xfe",
         b'{"n": NaN}',
-        b'{"n": 1e999}',
         b"[" * 100_000,
         b'{"n": ' + b"9" * 5000 + b"}",
     ],
