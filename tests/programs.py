@@ -45,6 +45,20 @@ PACKAGES = {
             "arm64": "32d0e1959b5fc257101c8d6139da72af38ff7ce777089666f9d1c916810f1800",
         },
     ),
+    "prometheus": Package(
+        "pool/main/p/prometheus/prometheus_2.53.3+ds1-2",
+        {
+            "amd64": "58c3e6a86c56cb3bfd71032fa48d65945d526441a212f5815dfe5ed9cb787ecc",
+            "arm64": "59b459dee0ceef9c645a98166ea00f0d10946391a5d486505360e2d21cd1ddec",
+        },
+    ),
+    "promtool": Package(
+        "pool/main/p/prometheus/promtool_2.53.3+ds1-2",
+        {
+            "amd64": "ff27654eacc95abd846d344e91fe4ba3b4f0588a50d606ed1d2f09ad3408722f",
+            "arm64": "cc1d5889b4d2e2ef92a6984039d88c11993ad3c73f5e74acd3ee15adaefb764c",
+        },
+    ),
 }
 """By the program that is in `usr/bin` of each."""
 
