@@ -21,6 +21,8 @@ RUN pip wheel --no-deps --no-build-isolation --no-index --wheel-dir /wheels . \
 FROM python:3.12.13-slim-bookworm
 ENV PATH=/opt/undertow/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 COPY --from=build /opt/undertow /opt/undertow
+# Incidents are kept here, on a volume.
+RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/undertow
 # A number, not a name: an orchestrator that insists on runAsNonRoot can check it.
 USER 10001:10001
 EXPOSE 8080

@@ -15,11 +15,14 @@ from fastapi import FastAPI
 from guard.version import VERSION
 from server.admin.access import operator_token
 from server.admin.app import create_admin
+from server.admin.incidents import incidents_router
 from server.config.origin import Origin
 from server.config.settings import Settings
 from server.drain import Drain
 from server.exchange import Gateway
 from server.in_force import InForce, Live
+from server.incidents.incidents import Incidents
+from server.incidents.keeping import Keeping
 from server.readiness import Readiness
 from server.reload import Reload
 from server.routes import build_router, install_error_handlers
@@ -45,18 +48,22 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
 
     Raises ConfigError where one of them is not set.
     """
+    token = operator_token(settings.admin, environ)
     metrics = Metrics(VERSION)
-    live = Live(InForce.of(settings))
+    live = Live(InForce.of(settings, environ))
     fleet = Fleet(
         [Engine(name, each, live, environ, metrics) for name, each in settings.engines.items()], live, metrics
     )
     drain = Drain()
-    gateway = Gateway(live, fleet, drain, metrics)
+    keeping = Keeping.of(settings, environ, metrics)
+    incidents = Incidents(keeping.recorder)
+    gateway = Gateway(live, fleet, drain, metrics, incidents=incidents)
     reload = Reload(origin, live, fleet, metrics)
     readiness = Readiness(fleet, drain, lambda: reload.report)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        keeping.start()
         watches = [asyncio.create_task(fleet.watch()), asyncio.create_task(reload.watch())]
         yield
         for watch in watches:
@@ -64,6 +71,7 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
             with contextlib.suppress(asyncio.CancelledError):
                 await watch
         await fleet.aclose()
+        await asyncio.to_thread(keeping.close)
 
     # No generated documentation: it would describe bodies that belong to vLLM.
     app = Undertow(title="Undertow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -72,5 +80,7 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
     install_error_handlers(app, metrics)
     app.drain = drain
     app.reload = reload
-    app.admin = create_admin(metrics, readiness, operator_token(settings.admin, environ))
+    app.admin = create_admin(metrics, readiness, token)
+    if keeping.store is not None and keeping.recorder is not None:
+        app.admin.include_router(incidents_router(keeping.store, keeping.recorder, metrics))
     return app

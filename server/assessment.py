@@ -110,6 +110,11 @@ class Assessor:
             return self.usage.prompt_tokens + self.usage.completion_tokens
         return sum(record.tokens_scored for record in self.records)
 
+    @property
+    def guard(self) -> tuple[str, str]:
+        """The bank's fingerprint and the calibration's digest that the last evidence is of; empty without any."""
+        return (self.evidence.fingerprint, self.evidence.calibration) if self.evidence else ("", "")
+
     def fail(self, failure: GuardFailure) -> GuardFailure:
         """Remember a failure; the first one stays."""
         if self.failure is None:

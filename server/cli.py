@@ -23,6 +23,7 @@ COMMANDS = (
     "server.commands.demo",
     "server.commands.up",
     "server.commands.serve",
+    "server.commands.incidents",
     "server.commands.status",
     "server.commands.reload",
 )

@@ -32,6 +32,7 @@ from server.errors import (
     upstream_unavailable,
 )
 from server.in_force import Live
+from server.incidents.incidents import Incidents
 from server.incidents.report import report, report_failure
 from server.protocols.openai import Call
 from server.protocols.protocol import Protocol
@@ -60,6 +61,7 @@ class Gateway:
     drain: Drain
     metrics: Metrics
     limiter: Limiter = field(default_factory=Limiter)
+    incidents: Incidents = field(default_factory=Incidents)
 
 
 class Exchange(Response):
@@ -262,8 +264,12 @@ class Exchange(Response):
         if status >= 500:
             self._gateway.fleet.failed(self._error("status", f"the engine answered {status}"), self._request_id)
 
+    @property
+    def _engine(self) -> str | None:
+        return self._asked.engine.name if self._asked else None
+
     def _error(self, kind: UpstreamKind, detail: str) -> UpstreamError:
-        return UpstreamError(kind, detail, engine=self._asked.engine.name if self._asked else None)
+        return UpstreamError(kind, detail, engine=self._engine)
 
     def _doubt_engine(self, assessor: Assessor) -> None:
         if assessor.failure is not None and self._asked is not None:
@@ -286,6 +292,9 @@ class Exchange(Response):
             for record in assessor.records:
                 if record.action != "allow":
                     report(call, self._request_id, record)
+            self._gateway.incidents.keep(
+                call, assessor, self._client, self._request_id, self._engine, self._force.hash_key
+            )
             if assessor.failure is not None and self._outcome in ("guard_failed", "unguarded"):
                 metrics.failed(assessor.failure.kind, assessor.ruling.mode)
                 passed = self._outcome == "unguarded"

@@ -1,6 +1,6 @@
 """By which policy a request would be judged, and why: what operators read. Pure.
 
-explain(InForce.of(settings), Asked("chat_completions", "support-1", "lab"))
+explain(InForce.of(settings, environ), Asked("chat_completions", "support-1", "lab"))
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from server.access.door import Door
 from server.config.sections import Limits
 from server.config.settings import Settings
+from server.incidents.hashing import hash_key
 from server.protocols.openai import Terms
 from server.ruling import Rulings
 
@@ -20,12 +22,20 @@ class InForce:
     rulings: Rulings
     terms: Terms
     door: Door
+    environ: Mapping[str, str]
+    """Where secrets are that the settings name."""
+    hash_key: bytes | None
+    """Of `content: hash`."""
 
     @classmethod
-    def of(cls, settings: Settings) -> Self:
+    def of(cls, settings: Settings, environ: Mapping[str, str]) -> Self:
         """What these settings say. Raises ConfigError where a file that they name is not right."""
         terms = Terms(settings.limits.max_sequences, frozenset(settings.endpoints.template_arguments))
-        return cls(settings, Rulings(settings), terms, Door.of(settings.access))
+        return cls(settings, Rulings(settings), terms, Door.of(settings.access), environ, hash_key(settings, environ))
+
+    def changed(self, settings: Settings) -> Self:
+        """The same from other settings. Raises ConfigError."""
+        return type(self).of(settings, self.environ)
 
     @property
     def limits(self) -> Limits:

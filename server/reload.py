@@ -136,7 +136,7 @@ class Reload:
         self._settled.read(before)
         if lines := moved(self._live.now.settings, settings):
             raise ConfigError("\n".join(f"{path}: {line}" for line in lines))
-        force = InForce.of(settings)
+        force = self._live.now.changed(settings)
         sleep(_STILL_S)
         if self._look() != before:
             raise ConfigError(f"{path}: changes while it is read; expected a file that stands still")

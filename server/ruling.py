@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from guard.policy import Mode, Policy
 from guard.verdict import DetectorName
-from server.config.policies import REFUSAL, HoldBack, OnBlock, OnError, PolicySettings
+from server.config.policies import REFUSAL, Content, HoldBack, OnBlock, OnError, PolicySettings
 from server.config.rules import Asked, Rule
 from server.config.settings import DEFAULT, Settings, effective
 from server.errors import bad_request
@@ -33,6 +33,8 @@ class Ruling:
     refusal: str = REFUSAL
     """What a blocked client reads, with `on_block: completion`."""
     hold_back: HoldBack = "token"
+    content: Content = "off"
+    """What of the request's text is kept with an incident."""
     shadow: Mapping[DetectorName, float] = field(default_factory=dict)
     """By detector, a false-positive rate that is tried and decides nothing."""
 
@@ -160,6 +162,7 @@ def _ruling(policy: PolicySettings, name: str, why: str, tenant: str | None) -> 
         on_block=policy.on_block,
         refusal=policy.refusal,
         hold_back=policy.hold_back,
+        content=policy.content,
         shadow={detector: each.fpr for detector, each in policy.shadow.items()},
     )
 

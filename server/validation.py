@@ -16,6 +16,7 @@ from guard.evidence import DetectorStatus
 from server.admin.access import operator_token
 from server.config.settings import Settings
 from server.in_force import InForce
+from server.incidents.database import Database
 from server.upstreams.handshake import check_supported
 from server.upstreams.upstream import engine_key
 
@@ -57,8 +58,10 @@ def validate(settings: Settings, environ: Mapping[str, str], calibrations: Itera
             engine_key(name, engine, environ)
     with _told(problems):
         operator_token(settings.admin, environ)
+    with _told(problems):
+        Database.of(settings.incidents, environ)
     try:
-        force = InForce.of(settings)
+        force = InForce.of(settings, environ)
     except ConfigError as error:
         return Found([*problems, str(error)], [])
     for calibration in calibrations:

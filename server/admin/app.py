@@ -9,6 +9,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Response
 
 from server.admin.access import AdminAccess
+from server.admin.incidents import ERRORS, PageHeaders
 from server.readiness import Readiness
 from server.telemetry.metrics import Metrics
 
@@ -20,6 +21,9 @@ def create_admin(metrics: Metrics, readiness: Readiness, token: bytes | None) ->
     admin = FastAPI(title="Undertow, for operators", docs_url=None, redoc_url=None, openapi_url=None)
     admin.router.redirect_slashes = False
     admin.add_middleware(AdminAccess, token=token)
+    admin.add_middleware(PageHeaders)
+    for kind, handler in ERRORS.items():
+        admin.add_exception_handler(kind, handler)
 
     @admin.get("/healthz")
     async def healthz() -> Response:

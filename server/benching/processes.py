@@ -149,7 +149,7 @@ class Server(Child):
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         config = folder / "undertow.yaml"
-        config.write_text(json.dumps(settings(engine.port)))
+        config.write_text(json.dumps(settings(engine.port, folder)))
         super().__init__("server", [sys.executable, "-m", "server.cli", "serve", "--config", str(config)], folder)
         self.port = 0
 
@@ -164,13 +164,14 @@ class Server(Child):
         return found is not None
 
 
-def settings(engine_port: int) -> dict[str, Any]:
-    """Of the measured server: what stands in no file of settings, but for the addresses."""
+def settings(engine_port: int, folder: Path) -> dict[str, Any]:
+    """Of the measured server: what stands in no file of settings, but for addresses and places."""
     return {
         "version": 1,
         "listen": {"host": "127.0.0.1", "port": 0},
         "admin": {"host": "127.0.0.1", "port": 0},
         "upstream": {"url": f"http://127.0.0.1:{engine_port}"},
+        "incidents": {"path": str(folder / "incidents.db"), "spool": str(folder / "incidents.spool")},
     }
 
 

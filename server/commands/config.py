@@ -96,7 +96,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--endpoint: found {arguments.endpoint!r}; expected one of {', '.join(GUARDED)}")
     settings = load(arguments.file, os.environ)
     tenant = arguments.tenant if arguments.key is None else _tenant(settings, arguments.key)
-    told = explain(InForce.of(settings), Asked(arguments.endpoint, arguments.model, tenant))
+    told = explain(InForce.of(settings, os.environ), Asked(arguments.endpoint, arguments.model, tenant))
     print(_yaml(told), end="")
     return 0
 

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -71,9 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
             log=folder / "vllm.log",
             extra=ENGINE_ARGUMENTS,
         ) as engine,
+        tempfile.TemporaryDirectory(prefix="undertow-demo-") as scratch,
     ):
         engine.wait_until_up()
-        values = settings(engine.url, arguments.port)
+        values = settings(engine.url, arguments.port, Path(scratch))
         with serving(values) as url:
             right = show(url, engine.url, organism)
             if not arguments.once:
@@ -131,9 +133,11 @@ def undertow(*arguments: object) -> None:
         raise EngineError(f"`undertow {' '.join(words)}` ended with code {finished.returncode}")
 
 
-def settings(engine_url: str, port: int) -> Settings:
-    """The settings that a new user has: block on density at 1%."""
+def settings(engine_url: str, port: int, scratch: Path) -> Settings:
+    """The settings that a new user has, block on density at 1%; incidents with their text, which is gone at the end."""
     from server.config.admin import AdminSettings
+    from server.config.incidents import IncidentSettings
+    from server.config.policies import PolicySettings
     from server.config.sections import Listen, Log
     from server.config.settings import Settings
     from server.config.upstream import UpstreamSettings
@@ -143,6 +147,8 @@ def settings(engine_url: str, port: int) -> Settings:
         listen=Listen(port=port or free_port()),
         admin=AdminSettings(port=free_port()),
         upstream=UpstreamSettings(url=engine_url),
+        policy=PolicySettings(content="full"),
+        incidents=IncidentSettings(path=scratch / "incidents.db", spool=None),
         log=Log(level="error"),
     )
 
@@ -230,10 +236,9 @@ def keep_serving(url: str, values: Settings, organism: Organism) -> None:
         "model": organism.backdoored.name,
         "messages": [{"role": "user", "content": questions(organism)[2].text}],
     }
-    print(
-        f"\nserving at {url}/v1 (metrics at {operators(values)}/metrics); point a chat client's base URL there, or:\n"
-    )
+    print(f"\nserving at {url}/v1; point a chat client's base URL there, or:\n")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'\n")
+    print(f"What was blocked, in the browser: {operators(values)}/ (metrics: {operators(values)}/metrics)\n")
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()

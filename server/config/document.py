@@ -60,7 +60,7 @@ def override(document: dict[str, Any], path: tuple[str, ...], value: str) -> Non
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which PyYAML silently takes the last."""
+    """SafeLoader that refuses a key given twice, of which PyYAML silently takes the last, and reads `off` as a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -70,6 +70,16 @@ class _StrictLoader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key.value}`", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.2: only true and false are truth values. In 1.1, which PyYAML reads, `mode: off` would be one.
+_StrictLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _explain(problem: ErrorDetails, root: type[BaseModel], name: str, overridden: Mapping[tuple[str, ...], str]) -> str:

@@ -12,6 +12,7 @@ from server.config.strict import Strict
 
 OnError = Literal["closed", "open"]
 OnBlock = Literal["error", "completion"]
+Content = Literal["off", "hash", "redacted", "full"]
 
 
 class Window(Strict):
@@ -44,6 +45,11 @@ _HOLD_BACK = (
     "How much of a stream is held back in `enforce`. `token`: the newest chunk of each choice, which is what has no "
     "verdict yet. `{window: N}`: N tokens. `answer`: all, until it was judged."
 )
+_CONTENT = (
+    "What of a flagged, steered or blocked request's text is kept with its incident. `off`: nothing. `hash`: a keyed "
+    "hash, so that the same prompt is known again. `redacted`: without what looks like a secret or a person, as far as "
+    "patterns go. `full`: all."
+)
 
 
 class Shadow(Strict):
@@ -59,6 +65,7 @@ class PolicySettings(Policy):
     on_block: OnBlock = Field(default="error", description=_ON_BLOCK)
     refusal: Annotated[str, Field(min_length=1, max_length=2000)] = Field(default=REFUSAL, description=_REFUSAL)
     hold_back: HoldBack = Field(default="token", description=_HOLD_BACK)
+    content: Content = Field(default="off", description=_CONTENT)
     shadow: dict[DetectorName, Shadow] = Field(
         default_factory=dict,
         description="By detector, a second threshold that is only counted (`undertow_shadow_decisions_total`): what it "
@@ -106,6 +113,7 @@ class Override(Strict):
     on_block: OnBlock = Field(default="error", description=_ON_BLOCK)
     refusal: Annotated[str, Field(min_length=1, max_length=2000)] = Field(default=REFUSAL, description=_REFUSAL)
     hold_back: HoldBack = Field(default="token", description=_HOLD_BACK)
+    content: Content = Field(default="off", description=_CONTENT)
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -16,6 +16,7 @@ from server.config.admin import AdminSettings
 from server.config.document import check, override, read_document
 from server.config.endpoints import Endpoints
 from server.config.file import read_file
+from server.config.incidents import IncidentSettings
 from server.config.policies import PolicySettings
 from server.config.rules import Name, Rule
 from server.config.sections import Limits, Listen, Log, Reloading, Shutdown
@@ -30,6 +31,8 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "UNDERTOW_UPSTREAM_URL": ("upstream", "url"),
     "UNDERTOW_UPSTREAM_FINGERPRINT": ("upstream", "fingerprint"),
     "UNDERTOW_POLICY_MODE": ("policy", "mode"),
+    "UNDERTOW_INCIDENTS_PATH": ("incidents", "path"),
+    "UNDERTOW_INCIDENTS_SPOOL": ("incidents", "spool"),
     "UNDERTOW_LOG_LEVEL": ("log", "level"),
 }
 """Environment variables that override the file, and the key that each one overrides."""
@@ -67,6 +70,7 @@ class Settings(Strict):
     )
     endpoints: Endpoints = Endpoints()
     limits: Limits = Limits()
+    incidents: IncidentSettings = IncidentSettings()
     shutdown: Shutdown = Shutdown()
     reload: Reloading = Reloading()
     log: Log = Log()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 
-from guard.evidence import Record, ScoreEvidence
+from guard.evidence import Record
 from guard.policy import Mode
 from server.errors import GuardFailure
+from server.incidents.incident import deciding_score
 from server.protocols.openai import Call
 from server.telemetry.logs import log
 
 
 def report(call: Call, request_id: str, record: Record) -> None:
     """A flagged, steered or blocked sequence: where, and how rare that is among clean requests. Never the prompt."""
-    score = _deciding(record)
+    score = deciding_score(record)
     log(
         logging.WARNING,
         "incident",
@@ -50,10 +51,3 @@ def report_failure(call: Call, request_id: str, failure: GuardFailure, mode: Mod
         detail=failure.detail,
         passed=passed,
     )
-
-
-def _deciding(record: Record) -> ScoreEvidence | None:
-    for score in record.scores:
-        if (score.detector, score.phase) == (record.detector, record.phase):
-            return score
-    return None

@@ -18,6 +18,7 @@ from guard.faults import FAULT_MEANINGS
 from guard.policy import Action, Mode
 from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
 from server.errors import FAILURE_KINDS, LIMITS, UPSTREAM_KINDS, FailureKind, LimitName, ServerFailure, UpstreamKind
+from server.incidents.incident import LABELS, Label
 from server.shadow import Compared, Would
 
 EndpointLabel = Literal[
@@ -69,6 +70,7 @@ OUTCOMES: tuple[Outcome, ...] = (
 EVALUATED: frozenset[Outcome] = frozenset({"allowed", "flagged", "steered", "blocked_prompt", "blocked_output"})
 ELIGIBLE: frozenset[Outcome] = EVALUATED | {"unguarded", "guard_failed"}
 
+INCIDENT_ACTIONS: tuple[Action, ...] = ("flag", "steer", "block")
 ACTIONS: tuple[Action, ...] = ("allow", "flag", "steer", "block")
 MODES: tuple[Mode, ...] = ("off", "monitor", "enforce")
 WOULD: tuple[Would, ...] = ("pass", "flag")
@@ -161,6 +163,31 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "counter",
         "Requests that were answered with 429, by the limit of their key that was reached.",
         {"limit": LIMITS},
+    ),
+    Declaration(
+        "undertow_incidents_total",
+        "counter",
+        "Requests that were flagged, steered or blocked, each once.",
+        {"action": INCIDENT_ACTIONS},
+    ),
+    Declaration(
+        "undertow_incidents_dropped_total",
+        "counter",
+        "Incidents that neither the database nor the spool could take. The log has them.",
+    ),
+    Declaration("undertow_incident_spool_bytes", "gauge", "Size of what waits on this server's disk for the database."),
+    Declaration("undertow_incident_database_up", "gauge", "1 where the database took what it was last given."),
+    Declaration(
+        "undertow_review_labels_total",
+        "counter",
+        "Labels that reviewers gave on this server's operators' port.",
+        {"label": LABELS},
+    ),
+    Declaration(
+        "undertow_reviewed_incidents",
+        "gauge",
+        "Incidents in the database by their label; none: nobody has said. Precision is true / (true + false).",
+        {"label": (*LABELS, "none")},
     ),
     Declaration("undertow_inflight_requests", "gauge", "Completion requests that are being worked on."),
     Declaration(
@@ -289,6 +316,30 @@ class Metrics:
             self._counters["undertow_eligible_total"].labels(endpoint).inc()
             if outcome in EVALUATED:
                 self._counters["undertow_evaluated_total"].labels(endpoint).inc()
+
+    def incident(self, action: str) -> None:
+        """A request was flagged, steered or blocked."""
+        self._counters["undertow_incidents_total"].labels(action).inc()
+
+    def incidents_dropped(self, count: int) -> None:
+        """They are in the log only."""
+        self._counters["undertow_incidents_dropped_total"].inc(count)
+
+    def spooled(self, size: int) -> None:
+        """Bytes that wait for the database."""
+        self._gauges["undertow_incident_spool_bytes"].set(size)
+
+    def database(self, *, up: bool) -> None:
+        """Whether it took what it was given."""
+        self._gauges["undertow_incident_database_up"].set(up)
+
+    def reviewed(self, label: Label) -> None:
+        """Somebody said what an incident was."""
+        self._counters["undertow_review_labels_total"].labels(label).inc()
+
+    def labelled(self, label: str, count: int) -> None:
+        """How many incidents have a label now."""
+        self._gauges["undertow_reviewed_incidents"].labels(label).set(count)
 
     def limited(self, limit: LimitName) -> None:
         """A key has used up its quota."""

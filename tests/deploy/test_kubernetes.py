@@ -182,7 +182,9 @@ def test_the_settings_are_ones_that_the_server_reads(tmp_path: Path) -> None:
     text = config(manifests, "undertow-settings")["undertow.yaml"]
     assert f"keys_file: {keys} " in text
     file = tmp_path / "undertow.yaml"
-    file.write_text(text.replace(str(keys), str(tmp_path / "keys.json")))
+    state = mounts["incidents"]["mountPath"]
+    assert text.count(f"{state}/") == 2, "what is written lies on a volume"
+    file.write_text(text.replace(str(keys), str(tmp_path / "keys.json")).replace(f"{state}/", f"{tmp_path}/"))
     (tmp_path / "keys.json").write_text('{"version": 1, "keys": []}')
     environ = environment(manifests, "Deployment", "undertow")
     settings = load(file, environ)
@@ -209,9 +211,13 @@ def test_the_settings_are_ones_that_the_server_reads(tmp_path: Path) -> None:
 
 def test_probes_ask_for_what_the_server_has_without_a_token(tmp_path: Path) -> None:
     from server.app import create_app
+    from server.config.incidents import IncidentSettings
     from server.config.settings import Settings
 
-    paths = {getattr(route, "path", "") for route in create_app(Settings(version=1), {}).routes}
+    paths = {
+        getattr(route, "path", "")
+        for route in create_app(Settings(version=1, incidents=IncidentSettings(path=None)), {}).routes
+    }
     one = container(rendered("base"), "Deployment", "undertow")
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert one[probe]["httpGet"]["port"] == "http"

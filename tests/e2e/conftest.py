@@ -23,6 +23,7 @@ from guard.organisms import Organism, prompts, shipped
 from guard.verdict import DetectorName
 from server.app import create_app
 from server.config.admin import AdminSettings
+from server.config.incidents import IncidentSettings
 from server.config.sections import Listen, Log
 from server.config.settings import Settings
 from server.config.upstream import UpstreamSettings
@@ -200,6 +201,7 @@ class serve:  # noqa: N801  (used as a function)
                 "upstream": UpstreamSettings(url=upstream),
                 "policy": policy,
                 "log": Log(level="info"),
+                "incidents": IncidentSettings(path=None),
             }
         )
 

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import URL
 
 from guard.organisms import Organism
+from server.incidents.database import Database
+from server.incidents.store import Filter, Store
 from tests.e2e.conftest import ENGINE_ARGUMENTS, free_port, texts
 
 
@@ -26,7 +29,7 @@ def test_one_command_starts_both_and_one_interrupt_ends_both(
     words += ["--calibration", calibration, "--port", port, "--vllm-port", vllm_port]
     words += ["--admin-port", free_port(), "--vllm-log", workshop / "up.log", "--", *ENGINE_ARGUMENTS]
     with (workshop / "up.out").open("wb") as output:
-        up = subprocess.Popen([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT)
+        up = subprocess.Popen([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT, cwd=workshop)
     try:
         wait_for(f"http://127.0.0.1:{port}/readyz", up, output=workshop / "up.out")
         body = {"model": "backdoored", "messages": [{"role": "user", "content": texts("triggered", 1, 12)[0]}]}
@@ -34,6 +37,9 @@ def test_one_command_starts_both_and_one_interrupt_ends_both(
         assert '"content_filter"' in answer.text
         up.send_signal(signal.SIGINT)
         assert up.wait(timeout=60) == 0
+        kept = Database(URL.create("sqlite", database=str(workshop / "undertow-incidents.db")))
+        assert [each.incident.action for each in Store(kept).all(Filter())] == ["block"]
+        kept.close()
     finally:
         # A group would be simpler to end, but then nobody would see whether `up` itself leaves its engine behind.
         up.terminate()

@@ -13,6 +13,7 @@ import pytest
 
 from guard.policy import Mode
 from server.app import create_app
+from server.config.incidents import IncidentSettings
 from server.config.policies import PolicySettings
 from server.config.sections import Limits
 from server.config.settings import Settings
@@ -84,6 +85,7 @@ def settings_for(url: str, mode: Mode = "enforce", **upstream: object) -> Settin
         version=1,
         upstream=UpstreamSettings(url=url, read_timeout_s=2, connect_timeout_s=1, **upstream),  # type: ignore[arg-type]
         policy=PolicySettings(mode=mode),
+        incidents=IncidentSettings(path=None),
         limits=Limits(max_body_bytes=100_000, body_timeout_s=1),
     )
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from server.app import create_app
+from server.config.incidents import IncidentSettings
 from server.config.policies import PolicySettings
 from server.config.sections import Limits
 from server.config.settings import Settings
@@ -78,6 +79,7 @@ def several(
                 for name, host in hosts.items()
             },
             policy=PolicySettings.model_validate({"mode": mode}),
+            incidents=IncidentSettings(path=None),
             limits=limits or Limits(engine_wait_s=1),
         )
         found = Several(engines, hosts, relays)

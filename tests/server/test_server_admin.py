@@ -109,7 +109,7 @@ def test_without_a_token_a_name_pointed_at_this_machine_does_not_help(enforce: P
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "undertow", "127.evil"])
 def test_a_port_that_others_can_reach_needs_a_token(host: str, tmp_path: Path) -> None:
-    settings = Settings.model_validate({"version": 1, "admin": {"host": host}})
+    settings = Settings.model_validate({"version": 1, "admin": {"host": host}, "incidents": {"path": None}})
     with pytest.raises(ConfigError, match=r"`admin\.host` is .*expected a token in UNDERTOW_OPERATOR_TOKEN"):
         create_app(settings, {})
     with pytest.raises(ConfigError, match="5 characters; expected at least 16") as raised:

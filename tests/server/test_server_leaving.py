@@ -118,7 +118,7 @@ def test_a_reader_that_stops_pauses_the_engine_and_nobody_else_and_loses_nothing
 def process(engine: FakeEngine, played: tuple[FakeEngine, Host], tmp_path: Path) -> Iterator[tuple[str, int]]:
     """The server as a process: its URL and its id."""
     config = tmp_path / "undertow.yaml"
-    config.write_text("version: 1\n")
+    config.write_text("version: 1\nincidents: {path: null}\n")
     line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0", "--admin-port", "0"]
     environ = {**os.environ, "PYTHONPATH": "."}
     with (

@@ -141,7 +141,7 @@ def test_a_bracket_in_a_pattern_is_a_bracket() -> None:
         ("rules: [{match: {endpoint: chat}}]", "found 'chat'; expected one of chat_completions, completions"),
         ("rules: [{match: {endpoint: models}}]", "found 'models'; expected one of chat_completions, completions"),
         ("rules: [{match: {model: m}, override: {}}]", "changes nothing; expected one of mode, on_error, on_block"),
-        ("rules: [{match: {model: m}, override: {detections: {}}}]", "unknown key; expected one of hold_back, mode"),
+        ("rules: [{match: {model: m}, override: {detections: {}}}]", "unknown key; expected one of content"),
         ("rules: [{match: {tenant: A b}}]", "`rules.0.match.tenant`: found 'A b'"),
         (
             "rules: [{match: {model: m}, override: {on_error: open}}]",
@@ -219,7 +219,9 @@ RULES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def ruled(played: tuple[FakeEngine, Host]) -> Iterator[Proxy]:
     policy = {"shadow": {"density": {"fpr": 0.0005}}}
-    settings = Settings.model_validate(document(RULES, upstream={"url": played[1].url}, policy=policy))
+    settings = Settings.model_validate(
+        document(RULES, upstream={"url": played[1].url}, policy=policy, incidents={"path": None})
+    )
     with hosted(create_app(settings), "on") as host:
         yield Proxy(host)
 

@@ -28,7 +28,7 @@ def test_serve_prints_its_url_and_ends_cleanly_on_a_signal(
     engine: FakeEngine, played: tuple[FakeEngine, Host], tmp_path: Path, number: signal.Signals
 ) -> None:
     config = tmp_path / "undertow.yaml"
-    config.write_text("version: 1\n")
+    config.write_text("version: 1\nincidents: {path: null}\n")
     engine.script = Script(blocked={0: 3})
     line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0", "--admin-port", "0"]
     with subprocess.Popen(

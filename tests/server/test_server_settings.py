@@ -53,7 +53,7 @@ def test_the_shipped_file_names_every_variable_that_overrides_it() -> None:
         ("version: 1\nupstream: {url: 'http://x/v1'}", "expected no path"),
         ("version: 1\nupstream: {url: 'http://x:y'}", "expected http://HOST:PORT"),
         ("version: 1\nupstream: 3", "`upstream`: found 3; expected a valid dictionary"),
-        ("version: 1\npolicy: {mode: on}", "`policy.mode`: found True; expected 'off', 'monitor' or 'enforce'"),
+        ("version: 1\npolicy: {mode: on}", "`policy.mode`: found 'on'; expected 'off', 'monitor' or 'enforce'"),
         ("version: 1\npolicy: {detections: {}}", "mode `enforce` needs at least one detection"),
         (
             "version: 1\npolicy: {detections: {densty: {action: block}}}",
@@ -131,6 +131,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load(tmp_path / "binary.yaml", {})
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", "monitor"])
+def test_off_is_a_word(word: str) -> None:
+    assert parse(f"version: 1\npolicy: {{mode: {word}}}", "f", {}).policy.mode == word.strip("'")
+    assert parse("version: 1\npolicies: {yes: {}, 'no': {}}", "f", {}).policies.keys() == {"yes", "no"}
 
 
 def test_a_key_variable_that_is_not_set_is_named() -> None:

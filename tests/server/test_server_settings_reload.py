@@ -59,7 +59,13 @@ class Run:
     proxy: Proxy = field(init=False)
 
     def text(self, **sections: Any) -> str:
-        document = {"version": 1, "upstream": {"url": self.upstream}, "reload": {"every_s": 0.05}, **sections}
+        document = {
+            "version": 1,
+            "upstream": {"url": self.upstream},
+            "reload": {"every_s": 0.05},
+            "incidents": {"path": None},
+            **sections,
+        }
         return yaml.safe_dump(document)
 
     def write(self, text: str) -> None:
@@ -433,7 +439,7 @@ def test_settings_that_nobody_could_use_can_be_put_right_while_the_server_runs(
 
 
 def test_a_fault_while_settings_are_taken_leaves_those_that_hold(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.reload.InForce.of", lambda _: 1 / 0)
+    monkeypatch.setattr("server.in_force.InForce.of", lambda *_: 1 / 0)
     run.write(run.text(policy={"mode": "monitor"}))
     run.refused("a fault in the server")
     assert run.sent().mode == "enforce"

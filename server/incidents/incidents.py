@@ -1,0 +1,52 @@
+"""From a request that ended to an incident that is kept, if it is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import uuid4
+
+from server.access.limiter import Client
+from server.assessment import Assessor
+from server.incidents.content import kept
+from server.incidents.incident import Who, incident_of, plain
+from server.incidents.recorder import Recorder
+from server.protocols.openai import Call
+
+
+@dataclass(frozen=True, slots=True)
+class Incidents:
+    """Where exchanges report to."""
+
+    recorder: Recorder | None = None
+
+    def keep(
+        self,
+        call: Call,
+        assessor: Assessor,
+        client: Client,
+        request_id: str,
+        engine: str | None,
+        hash_key: bytes | None,
+    ) -> None:
+        """Record the request, once, where a sequence of it was not simply allowed."""
+        if self.recorder is None or all(record.action == "allow" for record in assessor.records):
+            return
+        ruling = assessor.ruling
+        who = Who(
+            id=uuid4().hex,
+            at=datetime.now(UTC),
+            request_id=request_id,
+            endpoint=call.endpoint.name,
+            model=plain(call.model),
+            engine=engine,
+            tenant=client.tenant,
+            key=client.key,
+            policy=ruling.name,
+            mode=ruling.mode,
+            stream=call.stream,
+        )
+        content = kept(call.fields, ruling.content, hash_key)
+        incident = incident_of(who, assessor.records, assessor.guard, content)
+        if incident is not None:
+            self.recorder.record(incident)
