@@ -23,6 +23,7 @@ from server.exchange import Gateway
 from server.in_force import InForce, Live
 from server.incidents.incidents import Incidents
 from server.incidents.keeping import Keeping
+from server.incidents.webhooks import Webhooks
 from server.readiness import Readiness
 from server.reload import Reload
 from server.routes import build_router, install_error_handlers
@@ -56,7 +57,8 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
     )
     drain = Drain()
     keeping = Keeping.of(settings, environ, metrics)
-    incidents = Incidents(keeping.recorder)
+    webhooks = Webhooks(settings.webhooks, environ, metrics)
+    incidents = Incidents(keeping.recorder, webhooks)
     gateway = Gateway(live, fleet, drain, metrics, incidents=incidents)
     reload = Reload(origin, live, fleet, metrics)
     readiness = Readiness(fleet, drain, lambda: reload.report)
@@ -64,7 +66,7 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         keeping.start()
-        watches = [asyncio.create_task(fleet.watch()), asyncio.create_task(reload.watch())]
+        watches = [asyncio.create_task(each) for each in (fleet.watch(), reload.watch(), webhooks.run())]
         yield
         for watch in watches:
             watch.cancel()

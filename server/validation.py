@@ -17,6 +17,7 @@ from server.admin.access import operator_token
 from server.config.settings import Settings
 from server.in_force import InForce
 from server.incidents.database import Database
+from server.incidents.webhooks import targets
 from server.upstreams.handshake import check_supported
 from server.upstreams.upstream import engine_key
 
@@ -60,6 +61,8 @@ def validate(settings: Settings, environ: Mapping[str, str], calibrations: Itera
         operator_token(settings.admin, environ)
     with _told(problems):
         Database.of(settings.incidents, environ)
+    with _told(problems):
+        targets(settings.webhooks, environ)
     try:
         force = InForce.of(settings, environ)
     except ConfigError as error:

@@ -22,6 +22,7 @@ from server.config.rules import Name, Rule
 from server.config.sections import Limits, Listen, Log, Reloading, Shutdown
 from server.config.strict import Strict
 from server.config.upstream import EngineName, UpstreamSettings
+from server.config.webhooks import Webhooks
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "UNDERTOW_LISTEN_HOST": ("listen", "host"),
@@ -71,6 +72,7 @@ class Settings(Strict):
     endpoints: Endpoints = Endpoints()
     limits: Limits = Limits()
     incidents: IncidentSettings = IncidentSettings()
+    webhooks: Webhooks = Webhooks()
     shutdown: Shutdown = Shutdown()
     reload: Reloading = Reloading()
     log: Log = Log()

@@ -11,6 +11,7 @@ from server.assessment import Assessor
 from server.incidents.content import kept
 from server.incidents.incident import Who, incident_of, plain
 from server.incidents.recorder import Recorder
+from server.incidents.webhooks import Webhooks
 from server.protocols.openai import Call
 
 
@@ -19,6 +20,7 @@ class Incidents:
     """Where exchanges report to."""
 
     recorder: Recorder | None = None
+    webhooks: Webhooks | None = None
 
     def keep(
         self,
@@ -30,7 +32,9 @@ class Incidents:
         hash_key: bytes | None,
     ) -> None:
         """Record the request, once, where a sequence of it was not simply allowed."""
-        if self.recorder is None or all(record.action == "allow" for record in assessor.records):
+        if (self.recorder is None and self.webhooks is None) or all(
+            record.action == "allow" for record in assessor.records
+        ):
             return
         ruling = assessor.ruling
         who = Who(
@@ -48,5 +52,9 @@ class Incidents:
         )
         content = kept(call.fields, ruling.content, hash_key)
         incident = incident_of(who, assessor.records, assessor.guard, content)
-        if incident is not None:
+        if incident is None:
+            return
+        if self.recorder is not None:
             self.recorder.record(incident)
+        if self.webhooks is not None:
+            self.webhooks.offer(incident)

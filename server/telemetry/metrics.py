@@ -178,6 +178,13 @@ DECLARATIONS: tuple[Declaration, ...] = (
     Declaration("undertow_incident_spool_bytes", "gauge", "Size of what waits on this server's disk for the database."),
     Declaration("undertow_incident_database_up", "gauge", "1 where the database took what it was last given."),
     Declaration(
+        "undertow_webhook_messages_total",
+        "counter",
+        "Messages about incidents, each to one address: sent, failed after every attempt, or dropped because too many "
+        "waited.",
+        {"result": ("sent", "failed", "dropped")},
+    ),
+    Declaration(
         "undertow_review_labels_total",
         "counter",
         "Labels that reviewers gave on this server's operators' port.",
@@ -324,6 +331,10 @@ class Metrics:
     def incidents_dropped(self, count: int) -> None:
         """They are in the log only."""
         self._counters["undertow_incidents_dropped_total"].inc(count)
+
+    def webhook(self, result: Literal["sent", "failed", "dropped"]) -> None:
+        """A message about an incident came to its end."""
+        self._counters["undertow_webhook_messages_total"].labels(result).inc()
 
     def spooled(self, size: int) -> None:
         """Bytes that wait for the database."""
