@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Literal
 
 from guard.errors import EvidenceError
@@ -69,6 +70,8 @@ class Assessor:
         """Of a complete answer; None before, and where nothing of it is released."""
         self.usage: Usage | None = None
         """Of a complete answer, as the engine counted."""
+        self.seconds = 0.0
+        """Spent reading evidence and holding it against the answer."""
         self.failure: GuardFailure | None = None
         """The first thing that went wrong. In `monitor` and `off` the answer passes all the same."""
 
@@ -126,7 +129,9 @@ class Assessor:
 
         Of several sequences some may still wait for their turn in the engine: `proven` says which ones do not.
         """
+        begun = perf_counter()
         failure = self._read(text) or self._check_records()
+        self.seconds += perf_counter() - begun
         if failure is None and not self.proven:
             record = self.records[0] if self.records else None
             detail = f"{record.tokens_scored} of {record.prompt_tokens}" if record else "none of the"
@@ -136,7 +141,9 @@ class Assessor:
     def final(self, text: str | bytes | None, usage: Usage | None) -> GuardFailure | None:
         """Hold evidence against a complete answer: every token that needed a score has one."""
         self.usage = usage
+        begun = perf_counter()
         failure = self._read(text) or self._check_records() or self._check_coverage(usage)
+        self.seconds += perf_counter() - begun
         return self.fail(failure) if failure else None
 
     def stopped_unexplained(self, index: int, stop_reason: object) -> GuardFailure | None:

@@ -42,8 +42,9 @@ from server.shadow import compare
 from server.sse import EventParser
 from server.stream import StreamGuard, evidence_of
 from server.telemetry.logs import LOGGER, log
-from server.telemetry.metrics import Metrics, Outcome
-from server.telemetry.stopwatch import Stopwatch
+from server.telemetry.metrics import BypassReason, Metrics, Outcome
+from server.telemetry.names import model_label
+from server.telemetry.stopwatch import HoldBackTimer, Stopwatch
 from server.upstreams.fleet import Asked, Fleet, Question
 from server.upstreams.upstream import Answer
 from server.whole import judge_answer, judge_error
@@ -195,6 +196,7 @@ class Exchange(Response):
 
     async def _answer_stream(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         guard, parser = StreamGuard(call, assessor), EventParser()
+        held = HoldBackTimer(guard, self._gateway.metrics.held_back)
         try:
             async for received in answer.chunks():
                 released: list[bytes] = []
@@ -208,6 +210,7 @@ class Exchange(Response):
                     if guard.opened and not reply.started:
                         # As known now, whatever else came in the same breath.
                         await reply.begin_stream(self._protocol.stream(call), {"x-undertow-action": assessor.told})
+                held.look()
                 if released:
                     await reply.part(b"".join(released))
                 if guard.closed:
@@ -275,6 +278,10 @@ class Exchange(Response):
         if assessor.failure is not None and self._asked is not None:
             self._asked.engine.unjudged(assessor.failure)
 
+    def _known_models(self) -> frozenset[str]:
+        """Whose names may become labels."""
+        return self._force.models | self._gateway.fleet.models
+
     def _measure(self) -> None:
         """Called right before the first byte of the answer."""
         if self._call is not None:
@@ -284,12 +291,18 @@ class Exchange(Response):
         """Count and log the request, once."""
         metrics, call, assessor = self._gateway.metrics, self._call, self._assessor
         metrics.requested(self._endpoint.name, self._outcome)
+        model = model_label(call.fields.get("model") if call else None, self._known_models())
+        metrics.asked(self._client.tenant, model, self._outcome)
         if self._slot is not None and assessor is not None:
             self._slot.spend(assessor.tokens)
         if call is not None and assessor is not None:
             metrics.judged(assessor.records)
             metrics.shadowed(assessor.ruling.name, compare(assessor.records, assessor.ruling.shadow))
+            metrics.evaluation(assessor.seconds)
+            if self._outcome == "unguarded":
+                metrics.bypassed(_bypass(assessor.ruling))
             for record in assessor.records:
+                metrics.flagged(self._client.tenant, model, record)
                 if record.action != "allow":
                     report(call, self._request_id, record)
             self._gateway.incidents.keep(
@@ -315,6 +328,13 @@ class Exchange(Response):
             tokens_needed=coverage.needed if coverage else None,
             tokens_scored=coverage.scored if coverage else None,
         )
+
+
+def _bypass(ruling: Ruling) -> BypassReason:
+    """Why a request passed that nobody judged."""
+    if ruling.on_error == "open":
+        return "on_error_open"
+    return ruling.mode
 
 
 async def _drain(answer: Answer) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from server.access.door import Door
+from server.config.rules import is_pattern
 from server.config.sections import Limits
 from server.config.settings import Settings
 from server.incidents.hashing import hash_key
@@ -26,12 +27,22 @@ class InForce:
     """Where secrets are that the settings name."""
     hash_key: bytes | None
     """Of `content: hash`."""
+    models: frozenset[str]
+    """That the settings name."""
 
     @classmethod
     def of(cls, settings: Settings, environ: Mapping[str, str]) -> Self:
         """What these settings say. Raises ConfigError where a file that they name is not right."""
         terms = Terms(settings.limits.max_sequences, frozenset(settings.endpoints.template_arguments))
-        return cls(settings, Rulings(settings), terms, Door.of(settings.access), environ, hash_key(settings, environ))
+        return cls(
+            settings,
+            Rulings(settings),
+            terms,
+            Door.of(settings.access),
+            environ,
+            hash_key(settings, environ),
+            _models(settings),
+        )
 
     def changed(self, settings: Settings) -> Self:
         """The same from other settings. Raises ConfigError."""
@@ -40,6 +51,12 @@ class InForce:
     @property
     def limits(self) -> Limits:
         return self.settings.limits
+
+
+def _models(settings: Settings) -> frozenset[str]:
+    listed = {name for engine in settings.engines.values() for name in engine.models or ()}
+    ruled = {model for rule in settings.rules if (model := rule.match.model) and not is_pattern(model)}
+    return frozenset(listed | ruled)
 
 
 class Live:

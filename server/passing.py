@@ -25,6 +25,7 @@ from server.protocols.unguarded import Unguarded
 from server.reply import Reply
 from server.telemetry.logs import LOGGER, log
 from server.telemetry.metrics import Outcome
+from server.telemetry.names import model_label
 from server.telemetry.stopwatch import Stopwatch
 from server.upstreams.fleet import Question
 
@@ -41,6 +42,7 @@ class Passing(Response):
         self._force = gateway.live.now
         self._authorization = CHAT_COMPLETIONS.authorization(request.headers)
         self._client = Client()
+        self._model: object = None
         self._outcome: Outcome = "upstream_error"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +50,12 @@ class Passing(Response):
         try:
             await self._pass(receive, reply)
         finally:
-            self._gateway.metrics.requested(self._endpoint.name, self._outcome)
+            metrics = self._gateway.metrics
+            metrics.requested(self._endpoint.name, self._outcome)
+            model = model_label(self._model, self._force.models | self._gateway.fleet.models)
+            metrics.asked(self._client.tenant, model, self._outcome)
+            if self._outcome == "unguarded":
+                metrics.bypassed("endpoint")
             log(
                 logging.INFO,
                 "request",
@@ -66,8 +73,9 @@ class Passing(Response):
             with self._gateway.limiter.admit(self._client) as slot:
                 reply.always = slot.headers
                 fields = self._endpoint.accepted.accept(parse(await read_body(self._request, self._force.limits)))
+                self._model = fields.get("model")
                 body = json.dumps(fields, separators=(",", ":")).encode()
-                asking = self._ask(fields.get("model"), body, reply)
+                asking = self._ask(self._model, body, reply)
                 await unless_gone(receive, self._gateway.drain.bounded(asking))
         except (ClientGone, ClientDisconnect):
             self._outcome = self._outcome if reply.complete else "client_gone"

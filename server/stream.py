@@ -77,6 +77,16 @@ class StreamGuard:
         self.broken = False
         """The engine reported an error, or went away, in the middle of its answer."""
 
+    @property
+    def holding(self) -> bool:
+        """Some choice's output was kept back."""
+        return bool(self._held or self._finishing)
+
+    @property
+    def let_go(self) -> bool:
+        """Some of what was kept back was released, or there is nothing more to come."""
+        return bool(self._read) or self.closed
+
     def feed(self, event: Event) -> list[bytes]:
         """Take one event of the engine; returns what may now be sent."""
         if self.closed:

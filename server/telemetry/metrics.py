@@ -20,6 +20,7 @@ from guard.verdict import DETECTORS, PHASES, DetectorName, Phase, Score, Verdict
 from server.errors import FAILURE_KINDS, LIMITS, UPSTREAM_KINDS, FailureKind, LimitName, ServerFailure, UpstreamKind
 from server.incidents.incident import LABELS, Label
 from server.shadow import Compared, Would
+from server.telemetry.names import NONE, Bounded
 
 EndpointLabel = Literal[
     "chat_completions",
@@ -73,11 +74,16 @@ ELIGIBLE: frozenset[Outcome] = EVALUATED | {"unguarded", "guard_failed"}
 INCIDENT_ACTIONS: tuple[Action, ...] = ("flag", "steer", "block")
 ACTIONS: tuple[Action, ...] = ("allow", "flag", "steer", "block")
 MODES: tuple[Mode, ...] = ("off", "monitor", "enforce")
+BypassReason = Literal["endpoint", "off", "monitor", "on_error_open", "enforce"]
+BYPASSES: tuple[BypassReason, ...] = get_args(BypassReason)
+CanaryOutcome = Literal["scored", "failed"]
+CANARIES: tuple[CanaryOutcome, ...] = get_args(CanaryOutcome)
 WOULD: tuple[Would, ...] = ("pass", "flag")
 
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 5.0, 10.0)
 _RATIO_LIMIT = 100.0
 """Above it the sum would say nothing (a NaN score has an infinite ratio)."""
+_ANSWER_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -157,6 +163,64 @@ DECLARATIONS: tuple[Declaration, ...] = (
         "in a stream), less the wait for the engine.",
         {},
         _SECONDS_BUCKETS,
+    ),
+    Declaration(
+        "undertow_evaluation_seconds",
+        "histogram",
+        "Time in which this process read the evidence of one request and held it against the answer. Part of "
+        "undertow_added_latency_seconds; scoring itself is the engine's work.",
+        {},
+        _SECONDS_BUCKETS,
+    ),
+    Declaration(
+        "undertow_hold_back_seconds",
+        "histogram",
+        "Of a stream in enforce: time from the first token that was kept back to the first that was let go "
+        "(`hold_back`).",
+        {},
+        _ANSWER_BUCKETS,
+    ),
+    Declaration(
+        "undertow_upstream_seconds",
+        "histogram",
+        "Time from asking an engine to the end of its answer, of requests that were answered.",
+        {"engine": None},
+        _ANSWER_BUCKETS,
+    ),
+    Declaration(
+        "undertow_bypass_total",
+        "counter",
+        "Requests that passed without being judged. endpoint: one that generates nothing; off, monitor: the policy's "
+        "mode; on_error_open: the policy lets pass what cannot be judged; enforce: never.",
+        {"reason": BYPASSES},
+    ),
+    Declaration(
+        "undertow_tenant_requests_total",
+        "counter",
+        "Requests by who asked for what. tenant: of the API key; none: no keys are kept, or there was none that opens. "
+        "model: one that the settings or an engine's list name; others are `other`.",
+        {"tenant": None, "model": None, "outcome": OUTCOMES},
+    ),
+    Declaration(
+        "undertow_flagged_total",
+        "counter",
+        "Sequences that were flagged, steered or blocked, by where the score was that did it. model and tenant as in "
+        "undertow_tenant_requests_total; beyond 2000 combinations `other`.",
+        {
+            "tenant": None,
+            "model": None,
+            "layer": None,
+            "direction": None,
+            "detector": DETECTORS,
+            "phase": PHASES,
+            "action": INCIDENT_ACTIONS,
+        },
+    ),
+    Declaration(
+        "undertow_canaries_total",
+        "counter",
+        "Requests that the server made only to see them scored, by engine.",
+        {"engine": None, "outcome": CANARIES},
     ),
     Declaration(
         "undertow_rate_limited_total",
@@ -293,6 +357,8 @@ class Metrics:
         for declaration in DECLARATIONS:
             self._register(declaration)
         self._gauges["undertow_build_info"].labels(version).set(1)
+        self._asking = Bounded()
+        self._flagged = Bounded()
 
     def _register(self, declaration: Declaration) -> None:
         name, text, labels = declaration.name, declaration.help, tuple(declaration.labels)
@@ -352,6 +418,41 @@ class Metrics:
         """How many incidents have a label now."""
         self._gauges["undertow_reviewed_incidents"].labels(label).set(count)
 
+    def asked(self, tenant: str | None, model: str, outcome: Outcome) -> None:
+        """The same request, by who asked for what. `model`: as `model_label` says."""
+        labels = self._asking.of((tenant or NONE, model, outcome), kept=1)
+        self._counters["undertow_tenant_requests_total"].labels(*labels).inc()
+
+    def flagged(self, tenant: str | None, model: str, record: Record) -> None:
+        """A sequence was flagged, steered or blocked."""
+        if record.action not in INCIDENT_ACTIONS or record.detector is None or record.phase is None:
+            return
+        decided = (record.detector, record.phase)
+        score = next((score for score in record.scores if (score.detector, score.phase) == decided), None)
+        layer, direction = (str(score.layer), str(score.direction)) if score else (NONE, NONE)
+        labels = (tenant or NONE, model, layer, direction, record.detector, record.phase, record.action)
+        self._counters["undertow_flagged_total"].labels(*self._flagged.of(labels, kept=3)).inc()
+
+    def bypassed(self, reason: BypassReason) -> None:
+        """A request passed without being judged."""
+        self._counters["undertow_bypass_total"].labels(reason).inc()
+
+    def evaluation(self, seconds: float) -> None:
+        """Time that judging one request took here."""
+        self._histograms["undertow_evaluation_seconds"].observe(seconds)
+
+    def held_back(self, seconds: float) -> None:
+        """Time for which the beginning of a stream was kept back."""
+        self._histograms["undertow_hold_back_seconds"].observe(seconds)
+
+    def answered(self, engine: str, seconds: float) -> None:
+        """Time that an engine took for one answer."""
+        self._histograms["undertow_upstream_seconds"].labels(engine).observe(seconds)
+
+    def canary(self, engine: str, *, scored: bool) -> None:
+        """A request that was made only to be scored."""
+        self._counters["undertow_canaries_total"].labels(engine, "scored" if scored else "failed").inc()
+
     def limited(self, limit: LimitName) -> None:
         """A key has used up its quota."""
         self._counters["undertow_rate_limited_total"].labels(limit).inc()
@@ -404,6 +505,9 @@ class Metrics:
         self._gauges["undertow_engine_inflight_requests"].labels(name).set_function(inflight)
         self._gauges["undertow_engine_breaker_open"].labels(name).set_function(breaker_open)
         self._counters["undertow_engine_passed_over_total"].labels(name)
+        self._histograms["undertow_upstream_seconds"].labels(name)
+        for outcome in CANARIES:
+            self._counters["undertow_canaries_total"].labels(name, outcome)
         for kind in (*UPSTREAM_KINDS, *FAILURE_KINDS):
             self._counters["undertow_engine_errors_total"].labels(name, kind)
         self.loaded(name, "")

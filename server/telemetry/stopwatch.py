@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Protocol
+
+
+class Holding(Protocol):
+    """What keeps back a part of a stream."""
+
+    @property
+    def holding(self) -> bool:
+        """Something was kept back."""
+
+    @property
+    def let_go(self) -> bool:
+        """Something of it was let go, or nothing ever will be."""
+
+
+class HoldBackTimer:
+    """How long the beginning of a stream is kept back; tells it once, as somebody looks."""
+
+    def __init__(self, guard: Holding, told: Callable[[float], None]) -> None:
+        self._guard = guard
+        self._told = told
+        self._begun: float | None = None
+        self._done = False
+
+    def look(self) -> None:
+        """After every part of the stream."""
+        if self._done:
+            return
+        if self._begun is None and self._guard.holding:
+            self._begun = perf_counter()
+        if self._begun is not None and self._guard.let_go:
+            self._done = True
+            self._told(perf_counter() - self._begun)
 
 
 class Stopwatch:

@@ -181,6 +181,7 @@ class Engine:
     async def _probe(self, handshake: Handshake) -> Canary:
         canary = await send_canary(self.upstream, self.keeper, self._live.now.rulings.default.policy, handshake)
         self._sent = monotonic()
+        self._metrics.canary(self.name, scored=canary.reason is None)
         if self.keeper.current is not None:
             self.canary = canary
             self.on_change()

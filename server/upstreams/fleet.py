@@ -56,6 +56,8 @@ class Asked:
     handshake: Handshake | None
     """What the request was sent under, and is to be judged by."""
     answer: Answer
+    at: float
+    """When it was asked."""
 
     def knows(self, evidence: Evidence) -> bool:
         """Whether evidence is of a guard that was agreed on with this engine."""
@@ -74,6 +76,11 @@ class Fleet:
         self._random = random or Random()
         self._live = live
         self._queue = Queue(sum(engine.most for engine in engines), lambda name: self._release(self.engines[name]))
+
+    @property
+    def models(self) -> frozenset[str]:
+        """That engines say they serve."""
+        return frozenset().union(*(engine.models or () for engine in self.engines.values()))
 
     async def watch(self) -> None:
         """Keep every engine's handshake and health, forever."""
@@ -95,6 +102,7 @@ class Fleet:
         async with AsyncExitStack() as stack:
             asked = await self._ask(question, stack)
             yield asked
+            self._metrics.answered(asked.engine.name, monotonic() - asked.at)
             if asked.answer.status < 500 and not asked.answer.broken:
                 asked.engine.answered()
 
@@ -135,7 +143,7 @@ class Fleet:
                 raise failure or error from None
             async with AsyncExitStack() as attempt:
                 attempt.callback(self._release, engine)
-                handshake = engine.ready_for(question.ruling)
+                handshake, at = engine.ready_for(question.ruling), monotonic()
                 try:
                     answer = await attempt.enter_async_context(self._send(question, engine, handshake, fresh))
                 except UpstreamError as error:
@@ -154,7 +162,7 @@ class Fleet:
                 others = [each for each in candidates if each is not engine]
                 if not (_declined(answer) and any(self._takes(each, question.ruling) for each in others)):
                     await stack.enter_async_context(attempt.pop_all())
-                    return Asked(engine, handshake, answer)
+                    return Asked(engine, handshake, answer, at)
             failure = UpstreamError("status", f"the engine answered {answer.status}", engine=engine.name)
             self.failed(failure, question.request_id)
             self._metrics.passed_over(engine.name)
