@@ -40,7 +40,8 @@ from guard.evidence import (
 from guard.policy import Action, Policy
 from guard.verdict import DetectorName, Phase
 
-RESERVED = 999
+RESERVED = 987_654_321_012
+"""Long enough to be in no random id: tests look for it in answers."""
 FINGERPRINT = "f" * 16
 CALIBRATION = "c" * 16
 PROMPT_TOKENS = 7

@@ -119,7 +119,7 @@ def ranks(**second: object) -> Status:
     [
         ({"fingerprint": "other"}, "do not agree on the fingerprint: ffffffffffffffff, other"),
         ({"calibration": "other"}, "do not agree on the calibration: cccccccccccccccc, other"),
-        ({"reserved_token_id": 7}, "do not agree on the reserved token id: 7, 999"),
+        ({"reserved_token_id": 7}, "do not agree on the reserved token id: 7, 987654321012"),
         ({"layers": (1, 2)}, "do not agree on the layers: 1, 2, 1, 2, 3"),
         (
             {"unscorable": 2},

@@ -124,8 +124,8 @@ def test_a_text_completion_has_its_own_refused_fields(engine: FakeEngine, enforc
     ("fields", "param"),
     [
         ({"stop_token_ids": [RESERVED]}, "stop_token_ids"),
-        ({"stop_token_ids": ["999"]}, "stop_token_ids"),
-        ({"stop_token_ids": {"999": 1}}, "stop_token_ids"),
+        ({"stop_token_ids": ["987654321012"]}, "stop_token_ids"),
+        ({"stop_token_ids": {"987654321012": 1}}, "stop_token_ids"),
         ({"vllm_xargs": {"undertow_policy": '{"mode":"off"}'}}, "vllm_xargs"),
         ({"vllm_xargs": {"Undertow_anything": 1}}, "vllm_xargs"),
         ({"vllm_xargs": {"kv_transfer_params": "x"}}, "vllm_xargs"),
