@@ -28,6 +28,7 @@ from server.readiness import Readiness
 from server.reload import Reload
 from server.routes import build_router, install_error_handlers
 from server.telemetry.metrics import Metrics
+from server.telemetry.traces import Traces
 from server.upstreams.engine import Engine
 from server.upstreams.fleet import Fleet
 
@@ -59,7 +60,8 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
     keeping = Keeping.of(settings, environ, metrics)
     webhooks = Webhooks(settings.webhooks, environ, metrics)
     incidents = Incidents(keeping.recorder, webhooks)
-    gateway = Gateway(live, fleet, drain, metrics, incidents=incidents)
+    traces = Traces(settings.telemetry.traces, environ, VERSION)
+    gateway = Gateway(live, fleet, drain, metrics, incidents=incidents, traces=traces)
     reload = Reload(origin, live, fleet, metrics)
     readiness = Readiness(fleet, drain, lambda: reload.report)
 
@@ -74,6 +76,7 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
                 await watch
         await fleet.aclose()
         await asyncio.to_thread(keeping.close)
+        await asyncio.to_thread(traces.close)
 
     # No generated documentation: it would describe bodies that belong to vLLM.
     app = Undertow(title="Undertow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

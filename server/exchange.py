@@ -45,6 +45,7 @@ from server.telemetry.logs import LOGGER, log
 from server.telemetry.metrics import BypassReason, Metrics, Outcome
 from server.telemetry.names import model_label
 from server.telemetry.stopwatch import HoldBackTimer, Stopwatch
+from server.telemetry.traces import Traces
 from server.upstreams.fleet import Asked, Fleet, Question
 from server.upstreams.upstream import Answer
 from server.whole import judge_answer, judge_error
@@ -63,6 +64,7 @@ class Gateway:
     metrics: Metrics
     limiter: Limiter = field(default_factory=Limiter)
     incidents: Incidents = field(default_factory=Incidents)
+    traces: Traces = field(default_factory=Traces)
 
 
 class Exchange(Response):
@@ -77,6 +79,7 @@ class Exchange(Response):
         self._request_id = request_id
         self._force = gateway.live.now
         self._stopwatch = Stopwatch()
+        self._trace = gateway.traces.begin(self._endpoint.name, request.headers)
         self._client = Client()
         self._slot: Slot | None = None
         self._call: Call | None = None
@@ -139,6 +142,7 @@ class Exchange(Response):
                     await self._answer_stream(call, assessor, answer, reply)
                 else:
                     await self._answer_whole(call, assessor, answer, reply)
+                self._trace.answered(asked.engine.name, answer.status)
         except UpstreamError as error:
             self._gateway.fleet.failed(error, self._request_id)
             self._outcome = "upstream_error"
@@ -166,6 +170,7 @@ class Exchange(Response):
             None if self._force.door.locked else self._protocol.authorization(self._request.headers),
             self._request_id,
             self._stopwatch,
+            self._trace.asks(),
         )
 
     async def _answer_whole(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
@@ -313,6 +318,11 @@ class Exchange(Response):
                 passed = self._outcome == "unguarded"
                 report_failure(call, self._request_id, assessor.failure, assessor.ruling.mode, passed)
         coverage = assessor.coverage if assessor else None
+        self._trace.end(
+            {"undertow.request_id": self._request_id, "undertow.outcome": self._outcome, "undertow.model": model}
+            | {"undertow.tenant": self._client.tenant, "http.response.status_code": status or None},
+            {"undertow.judge.seconds": assessor.seconds, "undertow.policy": assessor.ruling.name} if assessor else None,
+        )
         log(
             logging.INFO,
             "request",

@@ -21,6 +21,7 @@ from server.config.policies import PolicySettings
 from server.config.rules import Name, Rule
 from server.config.sections import Limits, Listen, Log, Reloading, Shutdown
 from server.config.strict import Strict
+from server.config.telemetry import TelemetrySettings
 from server.config.upstream import EngineName, UpstreamSettings
 from server.config.webhooks import Webhooks
 
@@ -76,6 +77,7 @@ class Settings(Strict):
     shutdown: Shutdown = Shutdown()
     reload: Reloading = Reloading()
     log: Log = Log()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @property
     def engines(self) -> dict[str, UpstreamSettings]:

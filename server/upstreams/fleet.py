@@ -46,6 +46,8 @@ class Question:
     authorization: str | None
     request_id: str
     stopwatch: Stopwatch
+    traceparent: str | None = None
+    """Of the trace that the engine's own spans belong to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,13 @@ class Fleet:
     ) -> contextlib.AbstractAsyncContextManager[Answer]:
         body = question.body(handshake)
         return engine.upstream.post(
-            question.path, body, question.authorization, question.request_id, question.stopwatch, fresh
+            question.path,
+            body,
+            question.authorization,
+            question.request_id,
+            question.stopwatch,
+            fresh,
+            question.traceparent,
         )
 
     async def _room_for(self, question: Question, candidates: Sequence[Engine]) -> Engine:

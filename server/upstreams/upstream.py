@@ -139,6 +139,7 @@ class Upstream:
         request_id: str,
         stopwatch: Stopwatch,
         fresh: bool = False,
+        traceparent: str | None = None,
     ) -> AsyncIterator[Answer]:
         """Send a request and wait for the head of its answer. Leaving the context early cancels it upstream.
 
@@ -149,6 +150,8 @@ class Upstream:
         headers["content-type"] = "application/json"
         headers["x-request-id"] = request_id
         headers[REQUEST_HEADER] = "1"
+        if traceparent is not None:
+            headers["traceparent"] = traceparent
         way = _Way(stopwatch)
         try:
             response = await self._client(fresh).post(
