@@ -89,7 +89,7 @@ def test_an_interrupt_leaves_no_process_and_no_folder(temporary: Path, number: s
             assert eventually(lambda: len(running_in(temporary)) == 3, within_s=20), "engine, server, clients"
             time.sleep(0.5)
             process.send_signal(number)
-            _, said = process.communicate(timeout=20)
+            _, said = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130

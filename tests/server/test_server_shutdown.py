@@ -55,7 +55,7 @@ class Served:
 @contextmanager
 def served(folder: Path, upstream: str, shutdown: str) -> Iterator[Served]:
     config = folder / "undertow.yaml"
-    config.write_text(f"version: 1\nshutdown: {shutdown}\n")
+    config.write_text(f"version: 1\nincidents: {{path: null}}\nshutdown: {shutdown}\n")
     line = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--port", "0", "--admin-port", "0"]
     line += ["--upstream", upstream]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}) as process:
