@@ -81,10 +81,15 @@ def test_it_measures_the_server_and_a_peer_in_turns_and_loses_nothing(
     assert running_in(temporary) == []
 
 
+def _interruptible() -> None:
+    """Where the tests themselves run in the background, a shell lets them ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_process_and_no_folder(temporary: Path, number: signal.Signals) -> None:
     line = [sys.executable, "-m", "server.cli", *SHORT, "--soak", "1h"]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=_interruptible) as process:
         try:
             assert eventually(lambda: len(running_in(temporary)) == 3, within_s=20), "engine, server, clients"
             time.sleep(0.5)
