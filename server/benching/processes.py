@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -26,7 +27,12 @@ from server.benching.turns import Flood, Outcome, Times, Turn
 
 _START_S = 120.0
 _STOP_S = 10.0
+_SET_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 TICKS = os.sysconf("SC_CLK_TCK")
+
+
+_libc = ctypes.CDLL(None)
 
 
 class BenchError(UndertowError):
@@ -64,6 +70,8 @@ class Child:
                 env=self._environ,
                 cwd=self.log.parent,
                 start_new_session=True,
+                # A session of its own would outlive us, too, where nobody lets us end it.
+                preexec_fn=_die_with_parent,
                 text=True,
             )
 
@@ -126,6 +134,11 @@ class Child:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
             return  # all of it is gone
+
+
+def _die_with_parent() -> None:
+    """In the child, before it becomes another program: the kernel kills it when we are gone, however we went."""
+    _libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 class Engine(Child):

@@ -15,20 +15,13 @@ import pytest
 
 from server.cli import main
 from server.commands.bench import duration
+from tests.ports import free_port
 
 from .relay import relayed
 from .test_server_failures import eventually
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["bench", "server", "--rounds", "1", "--seconds", "400ms", "--rates", "40", "--streams", "4", "--tokens", "8"]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture
@@ -100,6 +93,17 @@ def test_an_interrupt_leaves_no_process_and_no_folder(temporary: Path, number: s
     assert process.returncode == 130
     assert "Traceback" not in said
     assert running_in(temporary) == []
+
+
+def test_what_it_started_dies_with_it(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "server.cli", *SHORT, "--soak", "1h"]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL, cwd=ROOT, env=environ) as process:
+        try:
+            assert eventually(lambda: len(running_in(tmp_path)) == 3, within_s=20), "engine, server, clients"
+        finally:
+            process.kill()
+    assert eventually(lambda: running_in(tmp_path) == [])
 
 
 @pytest.mark.parametrize(
