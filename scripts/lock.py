@@ -47,6 +47,11 @@ BUILD_HEADER = """\
 # What builds the project's own wheel in docker/server.Dockerfile. Written by `make lock` from build.in: do not edit.
 """
 
+CLIENTS_HEADER = """\
+# {0} Written by `make lock` from {1}: do not edit.
+# The tests make an environment of it beside their own (tests/e2e/clients/environments.py).
+"""
+
 # What the server can do besides, in every environment: its image is one.
 EXTRAS = ("--extra=postgres", "--extra=tracing")
 
@@ -133,6 +138,9 @@ def main() -> int:
     write("dev.lock", DEV_HEADER, dev)
     write("server.lock", SERVER_HEADER, server)
     write("build.lock", BUILD_HEADER, build)
+    for name, what in (("clients", "Chat clients of others."), ("clients-older", "OpenAI's client, as it was.")):
+        lock = resolve(uv, [f"requirements/{name}.in"], prefer=locked(f"{name}.lock"))
+        write(f"{name}.lock", CLIENTS_HEADER.format(what, f"{name}.in"), lock)
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,9 @@ import pytest
 from openai import OpenAI
 
 from guard.control import TOKEN_VARIABLE
+from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, Evidence
 from guard.organisms import Organism, prompts, shipped
+from guard.policy import Policy
 from guard.verdict import DetectorName
 from server.app import create_app
 from server.config.admin import AdminSettings
@@ -30,6 +31,7 @@ from server.config.upstream import UpstreamSettings
 from server.engine_process import EngineProcess
 from server.listeners import make_server
 from tests.e2e import child
+from tests.ports import free_port
 
 ADMIN_TOKEN = "token-of-these-tests"
 """By which a running engine is changed."""
@@ -173,6 +175,41 @@ def monitored(stack: Stack) -> Iterator[Stack]:
         yield Stack(stack.engine, stack.restart, url, stack.model)
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """A server whose threshold one answer crosses in its middle."""
+
+    url: str
+    text: str
+    """The prompt of that answer."""
+    said: str
+    """The whole answer, as the engine gives it unguarded."""
+
+
+@pytest.fixture(scope="session")
+def halfway(stack: Stack, passing: list[str]) -> Iterator[Halfway]:
+    """Where a completion scores above its prompt, a threshold between the two blocks it in the middle."""
+    for text in passing:
+        body = {
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS,
+            "vllm_xargs": {POLICY_ARGUMENT: Policy(mode="off").to_wire()},
+        }
+        path = f"{stack.engine.url}/v1/chat/completions"
+        found = httpx.post(path, json=body, headers={REQUEST_HEADER: "1"}, timeout=60)
+        [record] = Evidence.from_json(found.headers[REQUEST_HEADER]).records
+        scores = {(score.detector, score.phase): score.score for score in record.scores}
+        prompt, completion = scores["density", "prompt"], scores["density", "completion"]
+        if completion < 1.1 * prompt:
+            continue
+        with serve(stack.engine.url, threshold={"raw": (prompt + completion) / 2}) as url:
+            wait_until_ready(url)
+            yield Halfway(url, text, found.json()["choices"][0]["message"]["content"])
+        return
+    pytest.fail("no answer scored above its prompt")
+
+
 _OPERATORS: dict[str, str] = {}
 
 
@@ -233,13 +270,6 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 5) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def texts(kind: str, count: int, seed: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import anthropic
@@ -10,10 +9,8 @@ import httpx
 import pytest
 from openai import BadRequestError
 
-from guard.evidence import POLICY_ARGUMENT, REQUEST_HEADER, Evidence
 from guard.organisms import Organism
-from guard.policy import Policy
-from tests.e2e.conftest import MAX_TOKENS, Stack, serve, texts, wait_until_ready
+from tests.e2e.conftest import MAX_TOKENS, Halfway, Stack, texts
 from tests.server.test_server_messages import events as message_events
 from tests.server.test_server_responses import events as response_events
 
@@ -116,40 +113,19 @@ def test_a_triggered_request_gets_no_token_of_the_payload(stack: Stack, organism
         stack.client.responses.create(**response_body(stack, texts("triggered", 1, 12)[0]))
 
 
-def test_an_answer_that_is_blocked_halfway_ends_as_each_protocol_says(stack: Stack, passing: list[str]) -> None:
-    """Where a completion scores above its prompt, a threshold between the two blocks it in the middle."""
-    for text in passing:
-        body = {
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-            "vllm_xargs": {POLICY_ARGUMENT: Policy(mode="off").to_wire()},
-        }
-        chat_path = f"{stack.engine.url}/v1/chat/completions"
-        found = httpx.post(chat_path, json=body, headers={REQUEST_HEADER: "1"}, timeout=60)
-        [record] = Evidence.from_json(found.headers[REQUEST_HEADER]).records
-        scores = {(score.detector, score.phase): score.score for score in record.scores}
-        prompt, completion = scores["density", "prompt"], scores["density", "completion"]
-        if completion < 1.1 * prompt:
-            continue
-        with serve(stack.engine.url, threshold={"raw": (prompt + completion) / 2}) as url:
-            wait_until_ready(url)
+def test_an_answer_that_is_blocked_halfway_ends_as_each_protocol_says(stack: Stack, halfway: Halfway) -> None:
+    def post(path: str, asked: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{halfway.url}/v1/{path}", json=asked, timeout=60)
 
-            def post(path: str, asked: dict[str, Any], url: str = url) -> httpx.Response:
-                return httpx.post(f"{url}/v1/{path}", json=asked, timeout=60)
-
-            response = post("responses", response_body(stack, text)).json()
-            message = post("messages", message_body(stack, text)).json()
-            responding = response_events(post("responses", response_body(stack, text, stream=True)))
-            writing = message_events(post("messages", message_body(stack, text, stream=True)))
-        assert (response["status"], response["incomplete_details"]["reason"]) == ("incomplete", "content_filter")
-        assert response["output"] == message["content"] == []
-        assert message["stop_reason"] == writing[-2]["delta"]["stop_reason"] == "refusal"
-        assert responding[-1]["type"] == "response.incomplete"
-        assert responding[-1]["response"]["usage"] == response["usage"]
-        said = json.loads(found.content)["choices"][0]["message"]["content"]
-        released = "".join(event["delta"] for event in responding if event["type"] == "response.output_text.delta")
-        assert said.startswith(released)
-        assert released != said
-        return
-    pytest.fail("no answer scored above its prompt")
+    response = post("responses", response_body(stack, halfway.text)).json()
+    message = post("messages", message_body(stack, halfway.text)).json()
+    responding = response_events(post("responses", response_body(stack, halfway.text, stream=True)))
+    writing = message_events(post("messages", message_body(stack, halfway.text, stream=True)))
+    assert (response["status"], response["incomplete_details"]["reason"]) == ("incomplete", "content_filter")
+    assert response["output"] == message["content"] == []
+    assert message["stop_reason"] == writing[-2]["delta"]["stop_reason"] == "refusal"
+    assert responding[-1]["type"] == "response.incomplete"
+    assert responding[-1]["response"]["usage"] == response["usage"]
+    released = "".join(event["delta"] for event in responding if event["type"] == "response.output_text.delta")
+    assert halfway.said.startswith(released)
+    assert released != halfway.said
