@@ -11,12 +11,12 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check lock clean
+.PHONY: help setup demo test coverage lint check lock clean
 
 help: ## list the targets
 	@echo "Undertow: make TARGET"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Options: PYTHON=python3.12  BUILD=cpu|cuda  ONCE=1 (demo)  ARGS='-k bank' (test)"
+	@echo "Options: PYTHON=python3.12  BUILD=cpu|cuda  ONCE=1 (demo)  ARGS='-n 0 -k bank' (test)"
 
 setup: ## make .venv with the locked dependencies, for the CPU or for CUDA
 	@test -n "$(PYTHON)" || { echo "Undertow needs Python 3.11 to 3.14, and none was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
@@ -26,8 +26,15 @@ setup: ## make .venv with the locked dependencies, for the CPU or for CUDA
 demo: setup ## take the small backdoored model, serve it guarded, watch it caught (ONCE=1: no server left running)
 	$(BIN)/undertow demo $(if $(filter-out 0,$(ONCE)),--once)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two processes beside each other (ARGS='-n 0 -k bank': one, and of these only)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+coverage: setup ## branches of server/ and of guard's core that tests without an engine reach; fails below 95%
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist loadscope --no-loadscope-reorder --ignore tests/e2e --ignore tests/organisms \
+		--ignore tests/evaluation $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: setup ## ruff, mypy, import contracts, YAML
 	$(BIN)/ruff check .

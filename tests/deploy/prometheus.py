@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
+from tests.ports import free_port
 from tests.programs import program
-from tests.server.hosting import free_port
 
 DEPLOYED = Path(__file__).resolve().parents[2] / "deploy/prometheus"
 INTERVAL = "250ms"

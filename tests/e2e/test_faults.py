@@ -20,9 +20,10 @@ from guard.organisms import Organism
 from server.cli import main
 from server.engine_process import EngineProcess
 from tests.e2e.child import FAULT_FILE
-from tests.e2e.conftest import ENGINE_ARGUMENTS, Stack, eventually, free_port, operators, serve, texts, wait_until_ready
+from tests.e2e.conftest import ENGINE_ARGUMENTS, Stack, eventually, operators, serve, texts, wait_until_ready
 from tests.e2e.test_protocols import calls_the_tool_that_the_chat_calls
 from tests.e2e.ways import MORE_ARGUMENTS, MORE_WAYS, ends_as_blocked, is_answered_as_by_the_engine_alone
+from tests.ports import free_port
 
 CHAT = "/v1/chat/completions"
 LONG = " ".join(texts("benign", 40, 11))

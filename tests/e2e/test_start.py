@@ -14,7 +14,8 @@ from guard.fingerprint import read_header
 from guard.organisms import Organism
 from server.engine_process import EngineProcess
 from tests.e2e import child
-from tests.e2e.conftest import ENGINE_ARGUMENTS, free_port
+from tests.e2e.conftest import ENGINE_ARGUMENTS
+from tests.ports import free_port
 
 
 def test_another_models_bank_is_refused_naming_both_weights(

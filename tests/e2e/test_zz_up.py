@@ -18,7 +18,8 @@ from sqlalchemy import URL
 from guard.organisms import Organism
 from server.incidents.database import Database
 from server.incidents.store import Filter, Store
-from tests.e2e.conftest import ENGINE_ARGUMENTS, free_port, texts
+from tests.e2e.conftest import ENGINE_ARGUMENTS, texts
+from tests.ports import free_port
 
 
 def test_one_command_starts_both_and_one_interrupt_ends_both(

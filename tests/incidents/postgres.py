@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ports import free_port
+
 USER, PASSWORD = "undertow", "pg-secret-4711"
 NOBODY = 65534
 
@@ -34,8 +36,7 @@ def running(folder: Path) -> Iterator[str]:
                 each.chmod(each.stat().st_mode | 0o011)
     words = ["-D", home / "data", "-U", USER, "-A", "scram-sha-256", f"--pwfile={password}", "-E", "UTF8", "--no-sync"]
     _run([*prefix, programs / "initdb", *words, "--locale=C"])
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ["-p", port, "-h", "127.0.0.1", "-k", home, "-F", "-c", "shared_buffers=16MB", "-c", "max_connections=30"]
     with (home / "log").open("wb") as log:
         server = subprocess.Popen(

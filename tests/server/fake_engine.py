@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -104,6 +105,8 @@ class Script:
     """As structured output fails at the reserved token: an error, with the block in the evidence."""
     unexplained_stop: bool = False
     delay_s: float = 0.0
+    until: threading.Event | None = None
+    """No answer begins before this is set: by tests that have to see requests run beside each other."""
     token_delay_s: float = 0.0
     keep_alive: bool = False
     garbage: bool = False
@@ -206,6 +209,8 @@ class _Played(Response):
     async def _send(self, send: Send) -> None:
         play = self._play
         await asyncio.sleep(play.script.delay_s)
+        while play.script.until is not None and not play.script.until.is_set():
+            await asyncio.sleep(0.01)
         if play.stream and play.script.status == 200:
             await send(_start(200, "text/event-stream; charset=utf-8", {}))
             async for part in play.events():

@@ -29,13 +29,15 @@ class Several:
     hosts: dict[str, Host]
     relays: dict[str, Relay]
     proxy: Proxy = field(init=False)
+    running: int = 0
+    """Requests that a test keeps running on purpose."""
 
     def asked(self) -> dict[str, int]:
         """Completion requests that each was sent."""
         return {name: len(engine.bodies) for name, engine in self.engines.items()}
 
     def metric(self, name: str, **labels: str) -> float:
-        return self.proxy.sample(name, **labels)
+        return self.proxy.sample(name, running=self.running, **labels)
 
     def errors(self, name: str, kind: str) -> float:
         return self.metric("undertow_engine_errors_total", engine=name, kind=kind)
@@ -71,8 +73,8 @@ def several(
                 name: UpstreamSettings.model_validate(
                     {
                         "url": (relays[name] if behind_relays else host).url,
-                        "read_timeout_s": 1,
-                        "connect_timeout_s": 1,
+                        "read_timeout_s": 4,
+                        "connect_timeout_s": 5,
                         **upstream.get(name, {}),
                     }
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp
 from server.app import Undertow
 from server.config.sections import Limits, Shutdown
 from server.listeners import PairedServer, http_config
+from tests.ports import free_port
 
 
 class Host:
@@ -60,13 +60,6 @@ class Host:
             server.close()
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()  # type: ignore[union-attr]
-
-
-def free_port() -> int:
-    """A port that nobody listens at now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

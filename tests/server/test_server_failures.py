@@ -226,7 +226,7 @@ def test_an_engine_that_dies_before_the_answer_is_complete_is_a_503(engine: Fake
 
 
 def test_an_engine_that_is_silent_too_long_is_a_504(engine: FakeEngine, enforce: Proxy) -> None:
-    engine.script = Script(delay_s=3)
+    engine.script = Script(delay_s=6)
     answer = enforce.post(CHAT, chat_body())
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "upstream_timeout")
 

@@ -35,12 +35,13 @@ from server.config.file import look
 from server.config.fixed import moved
 from server.config.origin import open_settings
 from server.config.settings import Settings, parse
+from tests.ports import free_port
 
 from .conftest import Proxy
 from .fake_engine import MODEL, FakeEngine, Script
 from .fake_engine import status as engine_status
 from .fleet import eventually
-from .hosting import Host, free_port, hosted
+from .hosting import Host, hosted
 from .test_server_answers import CHAT, chat_body
 from .test_server_keys import make_key
 

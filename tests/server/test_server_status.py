@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import pytest
 
 from guard.evidence import COVERAGE, VERDICTS, Status
 from server import cli
+from tests.ports import free_port
 
 from .conftest import Proxy
 from .fake_engine import FINGERPRINT, FakeEngine, Script
@@ -113,9 +113,7 @@ def test_a_server_that_is_not_ready_is_one_and_says_why(
 
 
 def test_who_does_not_answer_is_named(played: tuple[FakeEngine, Host], capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    nowhere = f"http://127.0.0.1:{free_port()}"
     code, _, err = status(capsys, "--engine", nowhere)
     assert code == 1
     assert f"{nowhere}: the engine does not answer" in err

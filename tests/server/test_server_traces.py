@@ -18,10 +18,11 @@ from guard.errors import ConfigError
 from server.app import create_app
 from server.config.telemetry import TelemetrySettings, TraceSettings
 from server.telemetry.traces import Traces
+from tests.ports import free_port
 
 from .conftest import KEY, Proxy, settings_for
 from .fake_engine import FakeEngine, Script
-from .hosting import Host, free_port, hosted
+from .hosting import Host, hosted
 from .test_server_answers import CHAT, chat_body
 
 COLLECTOR_KEY = "canary-collector-key-31a7"

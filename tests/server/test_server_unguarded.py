@@ -109,7 +109,7 @@ def test_what_the_engine_answers_is_the_answer(
 
 
 def test_a_silent_engine_is_a_504_and_a_dead_one_a_503(engine: FakeEngine, opened: Proxy) -> None:
-    engine.script = Script(delay_s=3)
+    engine.script = Script(delay_s=6)
     assert_openai_error(opened.post("/tokenize", BODIES["tokenize"]), 504)
     update = {"endpoints": Endpoints(unguarded=("tokenize",))}
     with hosted(create_app(settings_for("http://127.0.0.1:9").model_copy(update=update)), "on") as host:

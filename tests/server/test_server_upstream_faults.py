@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from random import Random
 
@@ -44,6 +44,7 @@ def first_of_two(**upstream: dict[str, object]) -> Iterator[tuple[Several, FakeE
         one.script = long
         thread.start()
         eventually(lambda: sum(fleet.asked().values()) == 1)
+        fleet.running = 1
         busy = next(name for name, count in fleet.asked().items() if count)
         free = "one" if busy == "two" else "two"
         for engine in fleet.engines.values():
@@ -97,7 +98,8 @@ def test_where_all_decline_the_answer_is_theirs() -> None:
 def test_what_may_have_been_generated_is_asked_of_no_other_engine(
     script: Script, status_code: int, code: object, kind: str
 ) -> None:
-    with first_of_two() as (fleet, first, second):
+    patience = {"read_timeout_s": 1 if kind == "timeout" else 4}
+    with first_of_two(one=patience, two=patience) as (fleet, first, second):
         first.script = script
         answer = fleet.proxy.post(CHAT, chat_body())
         assert (answer.status_code, answer.json()["error"]["code"]) == (status_code, code)
@@ -141,7 +143,7 @@ def test_a_request_whose_connections_close_again_and_again_is_repeated_once() ->
 
 
 def test_an_engine_whose_requests_fail_in_a_row_is_left_alone_until_a_canary_comes_through() -> None:
-    with several("one", behind_relays=True) as fleet:
+    with several("one", behind_relays=True, one={"read_timeout_s": 1}) as fleet:
         engine, relay = fleet.engines["one"], fleet.relays["one"]
         engine.script = Script(fault="missing")  # so that canaries fail as well
         relay.mode = "swallow"
@@ -184,17 +186,20 @@ def test_an_engine_whose_canary_fails_is_asked_last() -> None:
 
 
 def test_evidence_is_held_against_the_engine_that_answered() -> None:
-    other = ("a" * 16, CALIBRATION)
-    with several("one", "two") as fleet:
+    other, patient = ("a" * 16, CALIBRATION), {"read_timeout_s": 30}
+    with several("one", "two", one=patient, two=patient) as fleet:
         fleet.engines["two"].script = Script(guard=other)
         fleet.engines["two"].status = status(fingerprint=other[0])
         eventually(lambda: fleet.metric("undertow_engine_info", engine="two", fingerprint=other[0]) == 1)
         eventually(lambda: fleet.ready("two"))
         with ThreadPoolExecutor(6) as pool:
+            go = threading.Event()
             for engine in fleet.engines.values():
-                engine.script = Script(guard=engine.script.guard, delay_s=0.2)
-            answers = list(pool.map(lambda _: fleet.proxy.post(CHAT, chat_body()), range(6)))
-        assert [answer.status_code for answer in answers] == [200] * 6
+                engine.script = Script(guard=engine.script.guard, until=go)
+            answers = [pool.submit(fleet.proxy.post, CHAT, chat_body()) for _ in range(6)]
+            eventually(lambda: sum(fleet.asked().values()) == 6)
+            go.set()
+            assert [answer.result().status_code for answer in answers] == [200] * 6
         assert fleet.asked() == {"one": 3, "two": 3}
         # The first one's evidence now names what the second one is known to guard with.
         fleet.hosts["two"].stop(at_once=True)
@@ -205,20 +210,36 @@ def test_evidence_is_held_against_the_engine_that_answered() -> None:
 
 
 def test_a_request_waits_for_room_and_is_told_when_there_is_none() -> None:
-    limits = Limits(engine_wait_s=0.6)
-    with several("one", limits=limits, one={"max_connections": 2}) as fleet, ThreadPoolExecutor(6) as pool:
+    limits = Limits(engine_wait_s=2)
+    one = {"max_connections": 2, "read_timeout_s": 30}
+    with several("one", limits=limits, one=one) as fleet, ThreadPoolExecutor(6) as pool:
         engine = fleet.engines["one"]
-        engine.script = Script(delay_s=0.4)
+
+        def ask(count: int) -> list[Future[httpx.Response]]:
+            return [pool.submit(fleet.proxy.post, CHAT, chat_body()) for _ in range(count)]
+
+        go = threading.Event()
+        engine.script = Script(until=go)
+        answers = ask(2)
+        eventually(lambda: len(engine.bodies) == 2)
+        answers += ask(2)
+        time.sleep(0.3)
+        assert len(engine.bodies) == 2, "two at once, two that wait"
+        go.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+
+        engine.script = Script(until=(go := threading.Event()))
+        served = ask(2)
+        eventually(lambda: len(engine.bodies) == 6)
         began = time.monotonic()
-        answers = list(pool.map(lambda _: fleet.proxy.post(CHAT, chat_body()), range(6)))
-        took = time.monotonic() - began
-        codes = Counter(answer.status_code for answer in answers)
-        assert codes == {200: 4, 503: 2}, "two at once, two that waited, two for which there was no room in time"
-        refused = [answer for answer in answers if answer.status_code == 503]
+        refused = [answer.result() for answer in ask(2)]
+        assert time.monotonic() - began >= limits.engine_wait_s
+        assert [answer.status_code for answer in refused] == [503] * 2, "no room in time"
         assert {answer.json()["error"]["code"] for answer in refused} == {"upstream_busy"}
         assert {answer.headers["retry-after"] for answer in refused} == {"1"}
-        assert took < 2
-        assert len(engine.bodies) == 4
+        go.set()
+        assert [answer.result().status_code for answer in served] == [200] * 2
+        assert len(engine.bodies) == 6
         assert fleet.metric("undertow_upstream_errors_total", kind="busy") == 2
         assert fleet.metric("undertow_engine_inflight_requests", engine="one") == 0
 
@@ -238,16 +259,18 @@ def test_a_client_that_leaves_while_it_waits_for_room_leaves_the_queue() -> None
 
 def test_engines_that_come_and_go_under_load_lose_nothing_that_could_be_kept() -> None:
     """Three engines; one is killed, started, and given a wrong bank again and again, while clients ask."""
-    seconds, pinned = 6.0, {"fingerprint": FINGERPRINT}
+    seconds, pinned = 6.0, {"fingerprint": FINGERPRINT, "read_timeout_s": 20}
     with several("one", "two", "three", one=pinned, two=pinned, three=pinned) as fleet:
         for engine in fleet.engines.values():
             engine.script = Script(token_delay_s=0.01)
         files = len(os.listdir("/proc/self/fd"))
         until = time.monotonic() + seconds
 
-        def operate() -> None:
-            random = Random(5)
+        def operate() -> int:
+            """How often an engine was killed or given the wrong bank."""
+            random, times = Random(5), 0
             while time.monotonic() < until:
+                times += 1
                 name = random.choice(["one", "two"])
                 host, engine = fleet.hosts[name], fleet.engines[name]
                 if random.random() < 0.5:
@@ -260,6 +283,7 @@ def test_engines_that_come_and_go_under_load_lose_nothing_that_could_be_kept() -
                     time.sleep(0.4)
                     engine.status, engine.script = status(), Script(token_delay_s=0.01)
                 time.sleep(0.3)
+            return times
 
         def ask(client: int) -> Counter[str]:
             found: Counter[str] = Counter()
@@ -277,7 +301,7 @@ def test_engines_that_come_and_go_under_load_lose_nothing_that_could_be_kept() -
         with ThreadPoolExecutor(9) as pool:
             operator = pool.submit(operate)
             counts = sum(pool.map(ask, range(8)), Counter[str]())
-            operator.result()
+            times = operator.result()
         total = counts.total()
         eventually(lambda: fleet.metric("undertow_inflight_requests") == 0)
         for name in fleet.engines:
@@ -293,7 +317,8 @@ def test_engines_that_come_and_go_under_load_lose_nothing_that_could_be_kept() -
         assert counts["unguarded"] == 0
         # What may be lost is what an engine had begun when it was killed, or was judged by a bank not known.
         assert set(counts) <= {"ok", "upstream_cut", "upstream_unavailable", "guard_unavailable"}
-        assert counts["ok"] > 0.8 * total
+        assert total - counts["ok"] <= 8 * times, "of each client one request at a time"
+        assert counts["ok"] > total / 2
         generated = Counter(
             headers["x-request-id"]
             for engine in fleet.engines.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,11 +14,15 @@ from .test_server_answers import CHAT, chat_body
 
 
 def test_requests_go_to_the_engine_with_the_fewest_of_ours() -> None:
-    with several("one", "two") as fleet, ThreadPoolExecutor(8) as pool:
+    patient = {"read_timeout_s": 30}
+    with several("one", "two", one=patient, two=patient) as fleet, ThreadPoolExecutor(8) as pool:
+        go = threading.Event()
         for engine in fleet.engines.values():
-            engine.script = Script(delay_s=0.5)
-        answers = list(pool.map(lambda _: fleet.proxy.post(CHAT, chat_body()), range(8)))
-        assert [answer.status_code for answer in answers] == [200] * 8
+            engine.script = Script(until=go)
+        answers = [pool.submit(fleet.proxy.post, CHAT, chat_body()) for _ in range(8)]
+        eventually(lambda: sum(fleet.asked().values()) == 8)
+        go.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 8
         assert fleet.asked() == {"one": 4, "two": 4}
 
 
