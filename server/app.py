@@ -78,14 +78,14 @@ def create_app(settings: Settings, environ: Mapping[str, str] = os.environ, orig
         await asyncio.to_thread(keeping.close)
         await asyncio.to_thread(traces.close)
 
-    # No generated documentation: it would describe bodies that belong to vLLM.
+    # What FastAPI would generate knows nothing of bodies that are read here: `server.openapi` does.
     app = Undertow(title="Undertow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False
     app.include_router(build_router(gateway, readiness))
     install_error_handlers(app, metrics)
     app.drain = drain
     app.reload = reload
-    app.admin = create_admin(metrics, readiness, token)
+    app.admin = create_admin(metrics, readiness, token, live)
     if keeping.store is not None and keeping.recorder is not None:
         app.admin.include_router(incidents_router(keeping.store, keeping.recorder, metrics))
     return app

@@ -19,6 +19,7 @@ COMMANDS = (
     "guard.commands.eval",
     "server.commands.bench",
     "server.commands.config",
+    "server.commands.openapi",
     "server.commands.keys",
     "server.commands.demo",
     "server.commands.up",

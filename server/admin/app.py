@@ -1,22 +1,26 @@
 """The operators' app: metrics and readiness in detail. Clients never reach it.
 
-admin = create_admin(metrics, readiness, token)
+admin = create_admin(metrics, readiness, token, live)
 admin.include_router(...)                          # what else operators see and do
 """
 
 from __future__ import annotations
 
 from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
 
 from server.admin.access import AdminAccess
 from server.admin.incidents import ERRORS, PageHeaders
+from server.in_force import Live
+from server.openapi.clients import clients_document
+from server.openapi.operators import operators_document
 from server.readiness import Readiness
 from server.telemetry.metrics import Metrics
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def create_admin(metrics: Metrics, readiness: Readiness, token: bytes | None) -> FastAPI:
+def create_admin(metrics: Metrics, readiness: Readiness, token: bytes | None, live: Live) -> FastAPI:
     """`token`: what `Authorization` must hold; None lets in whoever is on this machine."""
     admin = FastAPI(title="Undertow, for operators", docs_url=None, redoc_url=None, openapi_url=None)
     admin.router.redirect_slashes = False
@@ -37,5 +41,13 @@ def create_admin(metrics: Metrics, readiness: Readiness, token: bytes | None) ->
     @admin.get("/metrics")
     async def exposition() -> Response:
         return Response(metrics.expose(), media_type=_METRICS_TYPE)
+
+    @admin.get("/openapi/clients.json")
+    async def clients() -> JSONResponse:
+        return JSONResponse(clients_document(live.now.settings.endpoints))
+
+    @admin.get("/openapi/operators.json")
+    async def operators() -> JSONResponse:
+        return JSONResponse(operators_document())
 
     return admin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.resources import files
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guard.errors import InputError
@@ -31,6 +33,10 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+
+
+_MOST_LAYERS = 2**15
+"""No model has as many, and every database can hold the number."""
 
 
 class Said(BaseModel):
@@ -58,7 +64,7 @@ class Wanted(BaseModel):
     mode: str | None = None
     phase: str | None = None
     detector: str | None = None
-    layer: int | None = None
+    layer: Annotated[int, Field(ge=0, le=_MOST_LAYERS)] | None = None
     direction: str | None = None
     endpoint: str | None = None
     label: str | None = None
@@ -68,7 +74,10 @@ class Wanted(BaseModel):
 
     @property
     def filter(self) -> Filter:
-        return Filter(**self.model_dump(exclude={"limit", "after"}))
+        given: dict[str, Any] = self.model_dump(exclude={"limit", "after"})
+        # PostgreSQL takes no NUL.
+        given |= {name: plain(value) for name, value in given.items() if isinstance(value, str)}
+        return Filter(**given)
 
 
 def incidents_router(store: Store, recorder: Recorder, metrics: Metrics) -> APIRouter:
@@ -82,7 +91,7 @@ def incidents_router(store: Store, recorder: Recorder, metrics: Metrics) -> APIR
 
     @router.get("/incidents/{identity}")
     def incident(identity: Annotated[str, Path(max_length=64)]) -> Response:
-        found = store.get(identity)
+        found = store.get(plain(identity))
         if found is None:
             return _not_found()
         history = [{**each, "at": _when(each["at"])} for each in store.history(identity)]
@@ -90,7 +99,7 @@ def incidents_router(store: Store, recorder: Recorder, metrics: Metrics) -> APIR
 
     @router.post("/incidents/{identity}/label")
     def label(identity: Annotated[str, Path(max_length=64)], said: Said) -> Response:
-        found = store.label(identity, said.label, plain(said.by), plain(said.note))
+        found = store.label(plain(identity), said.label, plain(said.by), plain(said.note))
         if found is None:
             return _not_found()
         metrics.reviewed(said.label)
@@ -117,6 +126,12 @@ async def refuse(request: Request, error: Exception) -> Response:
     return _error(400, str(error))
 
 
+async def otherwise(request: Request, error: Exception) -> Response:
+    """No such path, a method that it does not know, a body that is no JSON."""
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, str(error.detail), error.headers)
+
+
 async def unavailable(request: Request, error: Exception) -> Response:
     """The database does not answer."""
     return _error(503, "The database of incidents does not answer.")
@@ -140,7 +155,12 @@ class PageHeaders:
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
 
 
-ERRORS = {RequestValidationError: refuse, InputError: refuse, SQLAlchemyError: unavailable}
+ERRORS = {
+    RequestValidationError: refuse,
+    InputError: refuse,
+    HTTPException: otherwise,
+    SQLAlchemyError: unavailable,
+}
 
 
 def _row(reviewed: Reviewed) -> dict[str, Any]:
@@ -169,5 +189,5 @@ def _not_found() -> Response:
     return _error(404, "There is no such incident.")
 
 
-def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": {"message": message}}, status)
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": {"message": message}}, status, headers)

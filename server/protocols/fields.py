@@ -23,11 +23,18 @@ _NAMED = 12
 _NAME_LIMIT = 64
 
 
+Schema = dict[str, Any]
+"""JSON Schema, draft 2020-12."""
+
+
 class Shape(typing.Protocol):
     """What one field may hold. Null always may stand there, but not in a list: it is read as a field that is absent."""
 
     def check(self, value: object, where: str) -> None:
         """Raises ApiError 400 that names the first place, in the field `where`, of what is not allowed."""
+
+    def schema(self) -> Schema:
+        """What `check` lets pass; null among it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,9 @@ class Plain:
     def check(self, value: object, where: str) -> None:
         if isinstance(value, (dict, list)):
             raise wrong(where, "must be text, a number, true or false")
+
+    def schema(self) -> Schema:
+        return {"type": ["string", "number", "boolean", "null"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,9 @@ class Nothing:
         if value:
             raise refused(where, self.why)
 
+    def schema(self) -> Schema:
+        return {"enum": [None, False, 0, "", [], {}], "description": f"Not accepted: {self.why}."}
+
 
 @dataclass(frozen=True, slots=True)
 class Only:
@@ -59,6 +72,9 @@ class Only:
     def check(self, value: object, where: str) -> None:
         if value is not None and not any(value == each and type(value) is type(each) for each in self.values):
             raise wrong(where, f"must be {' or '.join(map(_written, self.values))} here")
+
+    def schema(self) -> Schema:
+        return {"enum": [*self.values, None]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,9 @@ class Free:
             if not level:
                 return
         raise wrong(where, f"must not be deeper than {DEEPEST} levels")
+
+    def schema(self) -> Schema:
+        return {"description": f"Anything, down to {DEEPEST} levels."}
 
 
 PLAIN, FREE = Plain(), Free()
@@ -93,6 +112,9 @@ class Each:
                 raise wrong(f"{where}[{index}]", "must not be null")
             self.item.check(item, f"{where}[{index}]")
 
+    def schema(self) -> Schema:
+        return {"type": ["array", "null"], "items": {"allOf": [self.item.schema()], "not": {"type": "null"}}}
+
 
 @dataclass(frozen=True, slots=True)
 class TextOr:
@@ -104,6 +126,9 @@ class TextOr:
         if not isinstance(value, str):
             self.other.check(value, where)
 
+    def schema(self) -> Schema:
+        return {"anyOf": [{"type": "string"}, self.other.schema()]}
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -114,6 +139,9 @@ class Table:
     def check(self, value: object, where: str) -> None:
         for key, inner in mapping(value, where).items():
             self.item.check(inner, f"{where}.{short(key)}")
+
+    def schema(self) -> Schema:
+        return {"type": ["object", "null"], "additionalProperties": self.item.schema()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +162,15 @@ class Object:
                 raise unknown(at, self.fields)
             elif inner not in (None, False):
                 raise refused(at, self.refused[key])
+
+    def schema(self) -> Schema:
+        known = {name: shape.schema() for name, shape in self.fields.items()}
+        # Zero is false to Python.
+        others = {
+            name: {"enum": [None, False, 0], "description": f"Not accepted: {why}."}
+            for name, why in self.refused.items()
+        }
+        return {"type": ["object", "null"], "properties": {**others, **known}, "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +193,22 @@ class Tagged:
             raise wrong(f"{where}.{self.tag}", said)
         self.kinds[kind].check(value, where)
 
+    def schema(self) -> Schema:
+        return {"anyOf": [{"type": "null"}, *(self._kind(name, shape) for name, shape in self.kinds.items())]}
+
+    def _kind(self, name: str, shape: Object) -> Schema:
+        found = shape.schema()
+        if name == self.default:
+            tag, required = {"enum": [name, None, "", False, 0]}, []
+        else:
+            tag, required = {"enum": [name]}, [self.tag]
+        return {
+            **found,
+            "type": "object",
+            "properties": {**found["properties"], self.tag: tag},
+            **({"required": required} if required else {}),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
@@ -175,8 +228,16 @@ class Allowed:
 
     def accept(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """What of a request goes on to the engine. Raises ApiError 400 that names the field."""
-        Object({**self.passed, **self.dropped}, self.refused).check(fields, "")
+        self._whole.check(fields, "")
         return {name: value for name, value in fields.items() if name in self.passed}
+
+    def schema(self) -> Schema:
+        """Of what `accept` takes."""
+        return {**self._whole.schema(), "type": "object"}
+
+    @property
+    def _whole(self) -> Object:
+        return Object({**self.passed, **self.dropped}, self.refused)
 
 
 def mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.protocols.accepted import MESSAGE, PLAINS, TOOL
-from server.protocols.fields import PLAIN, Allowed, Each, Shape
+from server.protocols.fields import PLAIN, Allowed, Each, Schema, Shape
 
 UnguardedName = Literal["embeddings", "tokenize", "detokenize"]
 
@@ -37,6 +37,9 @@ class _TextOrTokens:
             return
         for index, item in enumerate(value):
             (PLAINS if isinstance(item, list) else PLAIN).check(item, f"{where}[{index}]")
+
+    def schema(self) -> Schema:
+        return {"anyOf": [PLAIN.schema(), {"type": "array", "items": {"anyOf": [PLAIN.schema(), PLAINS.schema()]}}]}
 
 
 _TEXT_OR_TOKENS = _TextOrTokens()

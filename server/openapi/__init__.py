@@ -1,0 +1,1 @@
+"""OpenAPI documents of both ports, made from what requests are read by."""
