@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 
@@ -30,7 +31,15 @@ def _stream(call: Call) -> StreamWriter:
 
 
 def _engine_error(status: int, content: bytes) -> bytes:
-    return content
+    """As it is, but for its code, which OpenAI's clients know as text: vLLM writes the status there."""
+    try:
+        told = json.loads(content)
+        code = told["error"]["code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return content
+    if type(code) is not int:
+        return content
+    return json.dumps({**told, "error": {**told["error"], "code": str(code)}}).encode()
 
 
 def _authorization(headers: Mapping[str, str]) -> str | None:

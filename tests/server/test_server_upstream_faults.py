@@ -85,7 +85,7 @@ def test_where_all_decline_the_answer_is_theirs() -> None:
     ("script", "status_code", "code", "kind"),
     [
         (Script(cut_after=0), 503, "upstream_unavailable", "cut"),
-        (Script(status=500), 500, 500, "status"),
+        (Script(status=500), 500, "500", "status"),
         (Script(delay_s=2), 504, "upstream_timeout", "timeout"),
         (Script(garbage=True), 503, "guard_unavailable", "response_invalid"),
         (Script(fault="missing"), 503, "guard_unavailable", "evidence_missing"),
