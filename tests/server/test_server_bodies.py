@@ -6,12 +6,15 @@ import copy
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guard.policy import Policy
+from server.config.endpoints import Endpoints
 from server.errors import ApiError
+from server.openapi.clients import clients_document
 from server.protocols.accepted import CHAT_FIELDS, TEXT_FIELDS
 from server.protocols.known import PROTOCOLS
 from server.protocols.openai import Terms
@@ -145,6 +148,9 @@ def test_a_body_is_read_or_refused(name: str) -> None:
     [protocol] = [each for each in PROTOCOLS if each.endpoint.name == name]
     allowed = TEXT_FIELDS if name == "completions" else CHAT_FIELDS
     seen = {"read": 0, "refused": 0}
+    document = clients_document(Endpoints())
+    [content] = document["paths"][protocol.endpoint.path]["post"]["requestBody"]["content"].values()
+    allowed_by_document = jsonschema.Draft202012Validator(content["schema"])
 
     @given(bodies(name))
     @settings(max_examples=300, deadline=None)
@@ -156,6 +162,7 @@ def test_a_body_is_read_or_refused(name: str) -> None:
             assert json.loads(protocol.error(told))
             return
         seen["read"] += 1
+        assert allowed_by_document.is_valid(body), "what the document forbids is refused"
         assert told.keys() <= allowed.passed.keys() | {"vllm_xargs"}
         assert RESERVED in told["stop_token_ids"]
         assert list(told["vllm_xargs"]) == ["undertow_policy"]
