@@ -22,7 +22,7 @@ from server.ruling import Ruling
 from server.upstreams.handshake import Handshake
 
 Told = Literal["allow", "flag", "steer", "block", "unguarded"]
-"""What the header `x-undertow-action` says."""
+"""What a client is told; `telling` says where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,16 @@ class Assessor:
         ruling: Ruling,
         handshake: Handshake | None,
         knows: Callable[[Evidence], bool] = lambda _: False,
+        incident: str | None = None,
     ) -> None:
         """`knows`: whether evidence is of a guard that was agreed on, though another than the handshake's: what guards
-        can be changed while a request runs."""
+        can be changed while a request runs. `incident`: the id that it would be kept under; None where none is.
+        """
         self._call = call
         self.ruling = ruling
         self._handshake = handshake
         self._knows = knows
+        self._incident = incident
         # Only a number: `n` is the client's word until the engine has accepted it.
         self._sequences = call.prompts * call.n
         self.evidence: Evidence | None = None
@@ -105,6 +108,11 @@ class Assessor:
         for record in self.records:
             action = max(action, record.action, key=SEVERITY.__getitem__)
         return action
+
+    @property
+    def incident(self) -> str | None:
+        """The id under which the request is kept, so far as is known; None where it is not."""
+        return self._incident if any(record.action != "allow" for record in self.records) else None
 
     @property
     def tokens(self) -> int:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from guard.errors import EngineError
+from server import telling
 from server.access.limiter import Client, Limiter, Slot
 from server.assessment import Assessor, Told
 from server.body import read_body
@@ -135,7 +136,8 @@ class Exchange(Response):
         try:
             async with self._gateway.fleet.post(self._question(call, ruling)) as asked:
                 self._asked, answer = asked, asked.answer
-                assessor = self._assessor = Assessor(call, ruling, asked.handshake, asked.knows)
+                identity = self._gateway.incidents.identity()
+                assessor = self._assessor = Assessor(call, ruling, asked.handshake, asked.knows, identity)
                 if answer.status != 200:
                     await self._answer_error(call, assessor, answer, reply)
                 elif call.stream:
@@ -180,9 +182,7 @@ class Exchange(Response):
         if isinstance(released, ApiError):
             await self._refuse(assessor, released, reply)
             return
-        written = self._protocol.whole(call, released)
-        self._settle(assessor)
-        await reply.whole(200, written, answer.content_type, {"x-undertow-action": assessor.told})
+        await self._release(call, assessor, released, reply, answer.content_type)
 
     async def _answer_error(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         content = await answer.read()
@@ -191,13 +191,17 @@ class Exchange(Response):
         if isinstance(released, ApiError):
             await self._refuse(assessor, released, reply)
         elif released is not None:
-            written = self._protocol.whole(call, released)
-            self._settle(assessor)
-            await reply.whole(200, written, headers={"x-undertow-action": assessor.told})
+            await self._release(call, assessor, released, reply)
         else:
             self._engine_refused(assessor, answer.status)
             written = self._protocol.engine_error(answer.status, content)
             await reply.whole(answer.status, written, answer.content_type if written is content else JSON)
+
+    async def _release(self, call: Call, assessor: Assessor, released: bytes, reply: Reply, kind: str = JSON) -> None:
+        """A whole answer that was judged."""
+        written = self._protocol.whole(call, released if call.asked else telling.in_answer(assessor, released))
+        self._settle(assessor)
+        await reply.whole(200, written, kind, telling.headers(assessor))
 
     async def _answer_stream(self, call: Call, assessor: Assessor, answer: Answer, reply: Reply) -> None:
         guard, parser = StreamGuard(call, assessor), EventParser()
@@ -214,7 +218,8 @@ class Exchange(Response):
                         return
                     if guard.opened and not reply.started:
                         # As known now, whatever else came in the same breath.
-                        await reply.begin_stream(self._protocol.stream(call), {"x-undertow-action": assessor.told})
+                        headers = telling.headers(assessor, begins=True)
+                        await reply.begin_stream(self._protocol.stream(call), headers)
                 held.look()
                 if released:
                     await reply.part(b"".join(released))
@@ -245,7 +250,7 @@ class Exchange(Response):
         headers: dict[str, str] = {}
         if refusal.code == "content_filter":
             self._outcome = "blocked_prompt"
-            headers = {"x-undertow-action": "block"}
+            headers = telling.headers(assessor) | {"x-undertow-action": "block"}
         elif refusal.code == "guard_unavailable":
             self._outcome = "guard_failed"
             self._doubt_engine(assessor)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from guard.policy import Mode, Policy
 from guard.verdict import DetectorName
-from server.config.policies import REFUSAL, Content, HoldBack, OnBlock, OnError, PolicySettings
+from server.config.policies import REFUSAL, Content, HoldBack, OnBlock, OnError, PolicySettings, Verdict
 from server.config.rules import Asked, Rule
 from server.config.settings import DEFAULT, Settings, effective
 from server.errors import bad_request
@@ -33,6 +33,8 @@ class Ruling:
     refusal: str = REFUSAL
     """What a blocked client reads, with `on_block: completion`."""
     hold_back: HoldBack = "token"
+    verdict: Verdict = "headers"
+    """Where a client is told of it."""
     content: Content = "off"
     """What of the request's text is kept with an incident."""
     shadow: Mapping[DetectorName, float] = field(default_factory=dict)
@@ -162,6 +164,7 @@ def _ruling(policy: PolicySettings, name: str, why: str, tenant: str | None) -> 
         on_block=policy.on_block,
         refusal=policy.refusal,
         hold_back=policy.hold_back,
+        verdict=policy.verdict,
         content=policy.content,
         shadow={detector: each.fpr for detector, each in policy.shadow.items()},
     )

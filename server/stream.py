@@ -26,6 +26,7 @@ from server.errors import ApiError, GuardFailure, blocked_prompt, guard_unavaila
 from server.hold_back import Held, kept
 from server.protocols.openai import Call, blocked_chunk, new_head
 from server.sse import DONE, Event
+from server.telling import last_chunk
 
 _EVIDENCE = STREAM_PREFIX.encode()
 _DONE_EVENT = b"data: " + DONE + b"\n\n"
@@ -226,7 +227,7 @@ class StreamGuard:
             else:
                 released += finish.held.release_all()
         released += self._block(index for index in self._assessor.blocked if index not in self._finished)
-        return [*released, *self._tail, raw]
+        return [*released, *self._tail, *self._told(), raw]
 
     def _judge(self) -> GuardFailure | None:
         failure = self._assessor.final(self._evidence, self._usage)
@@ -246,9 +247,13 @@ class StreamGuard:
         if self._assessor.blocked:
             unfinished = set(range(self._call.prompts * self._call.n)) - self._finished
             unfinished |= {finish.index for finish in self._finishing}
-            return [*self._block(sorted(unfinished)), *self._tail, raw]
+            return [*self._block(sorted(unfinished)), *self._tail, *self._told(), raw]
         self.broken = True
         return [error, raw]
+
+    def _told(self) -> list[bytes]:
+        # Other protocols have no place for it.
+        return [] if self._call.asked else last_chunk(self._call, self._assessor, self._head)
 
     def _block(self, indices: Iterable[int]) -> list[bytes]:
         head = {key: value for key, value in self._head.items() if key != "usage"} or new_head(self._call)

@@ -13,6 +13,7 @@ from server.config.strict import Strict
 OnError = Literal["closed", "open"]
 OnBlock = Literal["error", "completion"]
 Content = Literal["off", "hash", "redacted", "full"]
+Verdict = Literal["headers", "answer"]
 
 
 class Window(Strict):
@@ -45,6 +46,10 @@ _HOLD_BACK = (
     "How much of a stream is held back in `enforce`. `token`: the newest chunk of each choice, which is what has no "
     "verdict yet. `{window: N}`: N tokens. `answer`: all, until it was judged."
 )
+_VERDICT = (
+    "Where clients are told what was decided. `headers`: in `x-undertow-*`. `answer`: also as an object `undertow` in "
+    "answers of chat/completions and completions; in a stream as its last chunk, when its output has a verdict."
+)
 _CONTENT = (
     "What of a flagged, steered or blocked request's text is kept with its incident. `off`: nothing. `hash`: a keyed "
     "hash, so that the same prompt is known again. `redacted`: without what looks like a secret or a person, as far as "
@@ -65,6 +70,7 @@ class PolicySettings(Policy):
     on_block: OnBlock = Field(default="error", description=_ON_BLOCK)
     refusal: Annotated[str, Field(min_length=1, max_length=2000)] = Field(default=REFUSAL, description=_REFUSAL)
     hold_back: HoldBack = Field(default="token", description=_HOLD_BACK)
+    verdict: Verdict = Field(default="headers", description=_VERDICT)
     content: Content = Field(default="off", description=_CONTENT)
     shadow: dict[DetectorName, Shadow] = Field(
         default_factory=dict,
@@ -113,6 +119,7 @@ class Override(Strict):
     on_block: OnBlock = Field(default="error", description=_ON_BLOCK)
     refusal: Annotated[str, Field(min_length=1, max_length=2000)] = Field(default=REFUSAL, description=_REFUSAL)
     hold_back: HoldBack = Field(default="token", description=_HOLD_BACK)
+    verdict: Verdict = Field(default="headers", description=_VERDICT)
     content: Content = Field(default="off", description=_CONTENT)
 
     @model_validator(mode="after")

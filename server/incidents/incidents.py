@@ -22,6 +22,11 @@ class Incidents:
     recorder: Recorder | None = None
     webhooks: Webhooks | None = None
 
+    def identity(self) -> str | None:
+        """The id of one that a request may become; None where none are kept."""
+        heard = self.webhooks is not None and self.webhooks.wanted
+        return uuid4().hex if heard or self.recorder is not None else None
+
     def keep(
         self,
         call: Call,
@@ -32,13 +37,12 @@ class Incidents:
         hash_key: bytes | None,
     ) -> None:
         """Record the request, once, where a sequence of it was not simply allowed."""
-        if (self.recorder is None and self.webhooks is None) or all(
-            record.action == "allow" for record in assessor.records
-        ):
+        identity = assessor.incident
+        if identity is None:
             return
         ruling = assessor.ruling
         who = Who(
-            id=uuid4().hex,
+            id=identity,
             at=datetime.now(UTC),
             request_id=request_id,
             endpoint=call.endpoint.name,

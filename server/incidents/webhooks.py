@@ -98,6 +98,11 @@ class Webhooks:
         self._pauses_s = pauses_s
         self._queue: asyncio.Queue[tuple[Target, bytes]] = asyncio.Queue(_MOST_QUEUED)
 
+    @property
+    def wanted(self) -> bool:
+        """Somebody is to hear of incidents."""
+        return bool(self._targets)
+
     def offer(self, incident: Incident) -> None:
         """Send it to whoever wants such ones; never waits."""
         body: bytes | None = None

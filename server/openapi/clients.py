@@ -18,6 +18,7 @@ from server.protocols.messages.accepted import MESSAGE_FIELDS
 from server.protocols.openai import EndpointName
 from server.protocols.responses.accepted import RESPONSE_FIELDS
 from server.protocols.unguarded import UNGUARDED
+from server.telling import SCHEMA
 
 _JSON = "application/json"
 _INTEGERS = each({"type": "integer"})
@@ -107,8 +108,13 @@ _ERRORS: Mapping[int, str] = {
 }
 _REQUEST_ID: Schema = {"schema": TEXT, "required": True, "description": "The client's own, where it is harmless."}
 _ACTION: Schema = {
-    "schema": one_of("allow", "flag", "steer", "block", "unguarded"),
-    "description": "The gravest that was done when the answer began.",
+    "schema": one_of("allow", "flag", "steer", "block", "unguarded", "pending"),
+    "description": "The gravest that was done. `pending`: a stream begins, and its output has no verdict yet.",
+}
+_TOLD: Schema = {
+    "x-undertow-policy": {"schema": TEXT, "description": "What judged the request, as the settings name it."},
+    "x-undertow-schema": {"schema": one_of(SCHEMA), "description": "Version of these headers."},
+    "x-undertow-incident": {"schema": TEXT, "description": "Where the request is kept, for operators."},
 }
 _KEYS: Schema = {"ApiKey": {"type": "http", "scheme": "bearer", "description": "Where the settings name keys."}}
 _ASKS: list[Schema] = [
@@ -150,7 +156,7 @@ def _guarded(name: EndpointName, endpoints: Endpoints) -> Schema:
     answered = {
         "description": "The answer, as events where `stream` is true. A blocked one ends by `content_filter`, as its "
         "protocol says that.",
-        "headers": {"x-request-id": _REQUEST_ID, "x-undertow-action": {**_ACTION, "required": True}},
+        "headers": {"x-request-id": _REQUEST_ID, "x-undertow-action": {**_ACTION, "required": True}, **_TOLD},
         "content": {_JSON: {"schema": ref(spoken.answer)}, "text/event-stream": streamed},
     }
     return {
@@ -203,7 +209,7 @@ def _more(status: int) -> Schema:
         return {"www-authenticate": {"schema": TEXT, "required": True}}
     if status == 429:
         return {"retry-after": {"schema": TEXT, "required": True, "description": "Seconds."}}
-    return {"x-undertow-action": _ACTION} if status == 400 else {}
+    return {"x-undertow-action": _ACTION, **_TOLD} if status == 400 else {}
 
 
 def _whether(description: str, **properties: Schema) -> Schema:

@@ -323,7 +323,7 @@ def test_monitor_lets_pass_what_enforce_would_block_and_flags_it(
     assert answer.status_code == 200
     expected = b"".join(played(engine).data_events()[:-1]) + b"data: [DONE]\n\n" if stream else played(engine).full()
     assert answer.content == expected
-    at_header_time = "flag" if blocked_at == 0 or not stream else "allow"
+    at_header_time = "flag" if blocked_at == 0 or not stream else "pending"
     assert answer.headers["x-undertow-action"] == at_header_time
 
 
