@@ -117,4 +117,6 @@ class Passing(Response):
             content = await asked.answer.read()
             status = asked.answer.status
             self._outcome = "unguarded" if status < 400 else "upstream_rejected" if status < 500 else "upstream_error"
+            if status >= 400:
+                content = CHAT_COMPLETIONS.engine_error(status, content)
             await reply.whole(status, content, asked.answer.content_type)

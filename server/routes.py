@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from server.errors import ApiError, UpstreamError, upstream_unavailable
 from server.exchange import Exchange, Gateway
 from server.passing import Passing
-from server.protocols.known import PROTOCOLS, error_body, spoken_at
+from server.protocols.known import CHAT_COMPLETIONS, PROTOCOLS, error_body, spoken_at
 from server.protocols.openai import method_not_allowed, not_found
 from server.protocols.protocol import Protocol
 from server.protocols.unguarded import UNGUARDED, Unguarded
@@ -49,7 +49,10 @@ def build_router(gateway: Gateway, readiness: Readiness) -> APIRouter:
             gateway.metrics.requested("models", "unauthorized" if error.status == 401 else "client_error")
             return error_response(error, headers)
         gateway.metrics.requested("models", _passed(listing.status))
-        return Response(listing.content, listing.status, headers, media_type=listing.content_type)
+        content = listing.content
+        if listing.status >= 400:
+            content = CHAT_COMPLETIONS.engine_error(listing.status, content)
+        return Response(content, listing.status, headers, media_type=listing.content_type)
 
     @router.get("/healthz")
     async def healthz() -> Response:

@@ -49,8 +49,3 @@ class IncidentSettings(Strict):
         if self.url_env is not None and self.path is not None:
             raise ValueError("expected one of `path` and `url_env`; set `path: null` beside `url_env`")
         return self
-
-    @property
-    def kept(self) -> bool:
-        """Anywhere but in the log."""
-        return self.path is not None or self.url_env is not None

@@ -40,13 +40,6 @@ class ScoreKept(_Kept):
     layer: int
     direction: str | None
 
-    @property
-    def ratio(self) -> float | None:
-        """Score over threshold, 1 at the threshold; None where either is no number, or the threshold is not above 0."""
-        if self.score is None or self.threshold is None or self.threshold <= 0:
-            return None
-        return self.score / self.threshold
-
 
 class SequenceKept(_Kept):
     """One sequence that was not allowed."""

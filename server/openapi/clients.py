@@ -85,7 +85,11 @@ _SPOKEN: Mapping[EndpointName, _Spoken] = {
         "AnthropicError",
         ("messages", "max_tokens"),
         {
-            "messages": {"type": "array", "minItems": 1},
+            "messages": {
+                **each(said(role=one_of("user", "assistant", "system"), content={"type": ["string", "array"]})),
+                "minItems": 1,
+                "description": "The last one is not the assistant's.",
+            },
             "max_tokens": {"type": "integer", "minimum": 1},
             "stream": _SWITCH,
         },
@@ -207,9 +211,15 @@ def _errors(shape: str, *statuses: int) -> Schema:
 def _more(status: int) -> Schema:
     if status == 401:
         return {"www-authenticate": {"schema": TEXT, "required": True}}
+    seconds: Schema = {"schema": TEXT, "description": "Seconds."}
     if status == 429:
-        return {"retry-after": {"schema": TEXT, "required": True, "description": "Seconds."}}
-    return {"x-undertow-action": _ACTION, **_TOLD} if status == 400 else {}
+        return {"retry-after": {**seconds, "required": True}}
+    if status == 503:
+        return {"retry-after": seconds}
+    if status == 400:
+        retry = {"schema": one_of("false"), "description": "On a blocked prompt: asking again would not help."}
+        return {"x-undertow-action": _ACTION, **_TOLD, "x-should-retry": retry}
+    return {}
 
 
 def _whether(description: str, **properties: Schema) -> Schema:

@@ -89,11 +89,9 @@ MESSAGE = said(
 )
 MODELS = said(object=one_of("list"), data=each(said(id=TEXT, object=one_of("model"))))
 
-OPENAI_ERROR = said(
-    error=said(
-        "message", "type", message=TEXT, type=TEXT, param=MAYBE_TEXT, code={"type": ["string", "integer", "null"]}
-    )
-) | {"additionalProperties": False}
+OPENAI_ERROR = said(error=said("message", "type", message=TEXT, type=TEXT, param=MAYBE_TEXT, code=MAYBE_TEXT)) | {
+    "additionalProperties": False
+}
 ANTHROPIC_ERROR = said(
     "type", "error", type=one_of("error"), error=said(type=TEXT, message=TEXT), request_id=MAYBE_TEXT
 )
