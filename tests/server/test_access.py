@@ -258,3 +258,14 @@ def test_another_quota_holds_at_once_and_forgets_nothing() -> None:
     with pytest.raises(RateLimited):
         limiter.admit(Client("a", "lab", Quota(requests_per_minute=2)))
     limiter.admit(Client("a", "lab", Quota()))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"keys\.json: is not UTF-8"):
+        read_keys(tmp_path / "keys.json")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"), changed_keys(tmp_path / "none" / "keys.json"):
+        pass

@@ -92,3 +92,13 @@ def test_with_every_engine_gone_a_request_is_answered_at_once() -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "upstream_unavailable")
         assert answer.headers["retry-after"] == "1"
         assert time.monotonic() - began < 5
+
+
+def test_a_request_that_names_no_model_goes_where_the_first_engines_models_are() -> None:
+    alike = {"models": ["left"]}
+    with several("one", "two", "three", one=alike, two={"models": ["right"]}, three=alike) as fleet:
+        body = chat_body()
+        body.pop("model", None)
+        assert [fleet.proxy.post(CHAT, body).status_code for _ in range(6)] == [200] * 6
+        asked = fleet.asked()
+        assert (asked["two"], asked["one"] + asked["three"]) == (0, 6)
