@@ -41,6 +41,7 @@ class Passing(Response):
         self._request_id = request_id
         self._force = gateway.live.now
         self._authorization = CHAT_COMPLETIONS.authorization(request.headers)
+        self._trace = gateway.traces.begin(endpoint.name, request.headers)
         self._client = Client()
         self._model: object = None
         self._outcome: Outcome = "upstream_error"
@@ -56,6 +57,11 @@ class Passing(Response):
             metrics.asked(self._client.tenant, model, self._outcome)
             if self._outcome == "unguarded":
                 metrics.bypassed("endpoint")
+            self._trace.end(
+                {"undertow.request_id": self._request_id, "undertow.outcome": self._outcome, "undertow.model": model}
+                | {"undertow.tenant": self._client.tenant, "http.response.status_code": reply.status or None},
+                None,
+            )
             log(
                 logging.INFO,
                 "request",
@@ -112,6 +118,7 @@ class Passing(Response):
             None if self._force.door.locked else self._authorization,
             self._request_id,
             Stopwatch(),
+            self._trace.asks(),
         )
         async with self._gateway.fleet.post(question) as asked:
             content = await asked.answer.read()
@@ -119,4 +126,5 @@ class Passing(Response):
             self._outcome = "unguarded" if status < 400 else "upstream_rejected" if status < 500 else "upstream_error"
             if status >= 400:
                 content = CHAT_COMPLETIONS.engine_error(status, content)
+            self._trace.answered(asked.engine.name, status)
             await reply.whole(status, content, asked.answer.content_type)

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from guard.errors import ConfigError
 from server.app import create_app
+from server.config.endpoints import Endpoints
 from server.config.telemetry import TelemetrySettings, TraceSettings
 from server.telemetry.traces import Traces
 from tests.ports import free_port
@@ -65,10 +66,11 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def traced(upstream: str, endpoint: str, **settings: Any) -> Iterator[Proxy]:
+def traced(upstream: str, endpoint: str, endpoints: dict[str, Any] | None = None, **settings: Any) -> Iterator[Proxy]:
     """A server whose spans are sent when it ends."""
     traces = TraceSettings(endpoint=endpoint, headers_env="COLLECTOR", **settings)
-    told = settings_for(upstream).model_copy(update={"telemetry": TelemetrySettings(traces=traces)})
+    changes = {"telemetry": TelemetrySettings(traces=traces), "endpoints": Endpoints.model_validate(endpoints or {})}
+    told = settings_for(upstream).model_copy(update=changes)
     with hosted(create_app(told, ENVIRON), "on") as host:
         yield Proxy(host)
 
@@ -101,6 +103,22 @@ def test_a_request_has_a_span_with_the_engines_part_and_the_judging_inside(
         f"00-{request.trace_id.hex()}-{upstream.span_id.hex()}-0{flags}" for flags in "13"
     )
     assert found.headers[-1]["authorization"] == f"Bearer {COLLECTOR_KEY}"
+
+
+def test_what_passes_unguarded_has_a_span_and_the_engines_part_and_no_judging(
+    engine: FakeEngine, played: tuple[FakeEngine, Host], collector: tuple[Collector, str]
+) -> None:
+    found, endpoint = collector
+    with traced(played[1].url, endpoint, endpoints={"unguarded": ["tokenize"]}) as proxy:
+        answer = proxy.post("/tokenize", {"prompt": "words-of-the-prompt"})
+    assert answer.status_code == 200
+    assert found.spans.keys() == {"request tokenize", "upstream"}
+    request, upstream = found.spans["request tokenize"], found.spans["upstream"]
+    assert upstream.parent_span_id == request.span_id
+    told = attributes(request)
+    assert (told["undertow.outcome"], told["http.response.status_code"]) == ("unguarded", 200)
+    assert engine.headers[-1]["traceparent"].split("-")[2] == upstream.span_id.hex()
+    assert "words-of-the-prompt" not in str(found.spans)
 
 
 def test_a_trusted_clients_trace_is_continued(
