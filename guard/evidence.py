@@ -59,6 +59,17 @@ class ScoreEvidence(_Wire):
     """Which of the engine's guards gave the score."""
 
 
+class Trace(_Wire):
+    """One detector's scores over tokens around the first that was too large."""
+
+    detector: DetectorName
+    start: Annotated[int, Field(ge=0)]
+    """Position of the first of them."""
+    ratios: tuple[float | None, ...]
+    """Score over its phase's threshold, of each token from `start` on, three decimals; None where the detector read
+    none, or nothing finite came of it."""
+
+
 class Record(_Wire):
     """One sequence: what of it was scored and what was decided."""
 
@@ -85,6 +96,8 @@ class Record(_Wire):
     """Index of the token from which on it was steered; None where it was not."""
     scores: tuple[ScoreEvidence, ...] = ()
     """Of each detector and phase the gravest, over all guards that scored it."""
+    trace: tuple[Trace, ...] = ()
+    """Of a sequence that was not simply allowed: how it got there."""
 
 
 class Evidence(_Wire):

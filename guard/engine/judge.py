@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from guard.engine.turns import Turns
 from guard.evidence import DetectorStatus
 from guard.faults import Fault
 from guard.policy import Policy
+from guard.verdict import DetectorName
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,24 @@ class Judge:
         parts = [part for rows in seen.batch for part in rows.accepted(sampled.get(rows.sequence, 0))]
         kept = dict.fromkeys((rows.sequence for rows in seen.batch), 0)
         ledger = self.ledger
-        found = self._scorer.score(seen.readings, seen.outside, seen.roles, parts, ledger.best, ledger.threshold)
-        for part, scores in zip(parts, found, strict=True):
+        noted: list[list[tuple[DetectorName, int, Sequence[float]]]] = [[] for _ in parts]
+        found = self._scorer.score(
+            seen.readings,
+            seen.outside,
+            seen.roles,
+            parts,
+            ledger.best,
+            ledger.threshold,
+            lambda part, detector, first, values: noted[part].append((detector, first, values)),
+        )
+        for part, scores, notes in zip(parts, found, noted, strict=True):
             sequence = part.sequence
             if self.ledger.blocked(sequence) or self.ledger.ended(part):
                 continue
             self._recall(part, shadow, where)
             self.ledger.cover(part)
+            for detector, first, values in notes:
+                self.ledger.note(sequence, detector, first, values)
             self.ledger.score(sequence, scores)
             kept[sequence] += part.samples and not self.ledger.blocked(sequence)
         return {sequence: Stop(kept[sequence], token) for sequence, token in self.ledger.stops(kept).items()}
@@ -118,6 +130,6 @@ class Judge:
         found = shadow.read(where(part.sequence, missing.start, missing.stop), roles)
         if found is not None:
             values, coordinates = (each.numpy() for each in found)
-            above = partial(self.ledger.threshold, part.sequence)
-            largest = self._scorer.largest(values, coordinates, missing.start, part.prompt_tokens, above)
+            above, told = partial(self.ledger.threshold, part.sequence), partial(self.ledger.note, part.sequence)
+            largest = self._scorer.largest(values, coordinates, missing.start, part.prompt_tokens, above, told)
             self.ledger.recall(part, list(largest))

@@ -15,11 +15,12 @@ from guard.conformal import JointRanks
 from guard.engine.finding import Finding
 from guard.engine.runner import Rows
 from guard.engine.stop import Endings
+from guard.engine.trail import Trail
 from guard.errors import CalibrationError, ConfigError
-from guard.evidence import Record
+from guard.evidence import Record, Trace
 from guard.faults import Fault
 from guard.policy import Action, Decision, Policy, Role, decide
-from guard.verdict import PHASES, Score, Verdict
+from guard.verdict import PHASES, DetectorName, Score, Verdict
 
 KEPT = 4096
 """How many finished sequences are remembered, so that their evidence can still be asked for."""
@@ -77,6 +78,8 @@ class Sequence:
     verdicts: dict[ScoreKey, Verdict] = field(default_factory=dict)
     first: dict[ScoreKey, int] = field(default_factory=dict)
     """Position of the first token above the threshold."""
+    trails: dict[DetectorName, Trail] = field(default_factory=dict)
+    """Of the guard that judges it now."""
     earlier: dict[ScoreKey, Finding] = field(default_factory=dict)
     """The gravest of what guards said that were replaced while it ran."""
     unscorable: str | None = None
@@ -171,7 +174,7 @@ class Ledger:
             policy, limits, problem = self._compile(entry.policy_text)
             # Replaced and never changed in place: the thread that tells evidence may be reading them.
             entry.earlier = entry.findings()
-            entry.best, entry.verdicts, entry.first = {}, {}, {}
+            entry.best, entry.verdicts, entry.first, entry.trails = {}, {}, {}, {}
             entry.policy, entry.limits, entry.generation = policy, limits, self.generation
             if problem is not None:
                 self._give_up(entry, *problem)
@@ -182,6 +185,8 @@ class Ledger:
             entry = self._running.pop(sequence, None)
             if entry is not None:
                 self._by_key.move_to_end(entry.identity.key)
+                if entry.decision.action == "allow":
+                    entry.trails = {}
         if len(self._by_key) <= KEPT:
             return
         active = {entry.identity.key for entry in self._running.values()}
@@ -254,6 +259,14 @@ class Ledger:
         if changed:
             self._decide(entry)
 
+    def note(self, sequence: str, detector: DetectorName, first: int, values: Iterable[float]) -> None:
+        """Scores of tokens from a position on, for whoever asks how a sequence came to be flagged."""
+        trails = self._running[sequence].trails
+        trail = trails.get(detector)
+        if trail is None:
+            trail = trails[detector] = Trail()
+        trail.add(first, values)
+
     def fail(self, sequence: str, reason: str, tokens: int = 0, fault: Fault = "unscorable") -> None:
         """So many tokens of this sequence could not be scored in this step."""
         entry = self._running[sequence]
@@ -306,6 +319,7 @@ class Ledger:
             generation=entry.generation,
             steered_from=entry.steered_from,
             scores=tuple(finding.evidence() for finding in entry.findings().values()),
+            trace=() if entry.decision.action == "allow" else _traces(entry),
         )
 
     def _give_up(self, entry: Sequence, reason: str, fault: Fault) -> None:
@@ -321,6 +335,9 @@ class Ledger:
             verdicts = [*(finding.verdict for finding in entry.earlier.values()), *entry.verdicts.values()]
             entry.decision = decide(entry.policy, verdicts, entry.unscorable)
             self.decided[entry.decision.action] += 1
+            if entry.decision.action != "allow":
+                for trail in entry.trails.values():
+                    trail.settle()
 
     def _compile_policy(self, text: str | None) -> tuple[Policy, dict[ScoreKey, Limit], tuple[str, Fault] | None]:
         """A policy's text to a policy, what its scores are held against, and what is wrong with it."""
@@ -356,3 +373,22 @@ class Ledger:
                 threshold = ranks.threshold((detector, phase), self._calibration.target_fpr) if raw is None else raw
                 limits[detector, phase] = Limit(threshold, ranks)
         return limits
+
+
+def _traces(entry: Sequence) -> tuple[Trace, ...]:
+    """What led to a sequence's being flagged, each score over the threshold of its phase."""
+    found = []
+    for detector, trail in list(entry.trails.items()):
+        # A copy: the worker may be adding to it.
+        points = list(trail.points)
+        if not points:
+            continue
+        start, last = points[0][0], points[-1][0]
+        ratios: list[float | None] = [None] * (last - start + 1)
+        for position, value in points:
+            phase = PHASES[int(position >= entry.prompt_tokens)]
+            limit = entry.limits.get((detector, phase))
+            if limit is not None and limit.threshold > 0 and math.isfinite(value):
+                ratios[position - start] = round(max(0.0, value / limit.threshold), 3)
+        found.append(Trace(detector=detector, start=start, ratios=tuple(ratios)))
+    return tuple(found)

@@ -14,6 +14,7 @@ from guard.calibration import Calibration, ScoreKey
 from guard.engine.kernels import ops
 from guard.engine.readings import Readings
 from guard.engine.runner import Rows
+from guard.engine.trail import window
 from guard.growth import Growth
 from guard.scores import BankSpace, Density, Exceedance
 from guard.verdict import PHASES, DetectorName, Score
@@ -22,6 +23,17 @@ Values = npt.NDArray[np.float32]
 Coordinates = npt.NDArray[np.int64]
 Best = Callable[[str, ScoreKey], float]
 """A sequence's largest score so far, of a detector and phase."""
+
+
+Note = Callable[[int, DetectorName, int, Sequence[float]], None]
+"""Takes, of the part with this index, a detector's scores, less growth, of tokens from a position on."""
+
+
+def unnoted(_part: int, _detector: DetectorName, _first: int, _values: Sequence[float]) -> None:
+    """Nobody keeps them."""
+
+
+_UNNOTED = partial(unnoted, 0)
 
 
 def none_known(_sequence: str, _key: ScoreKey) -> float:
@@ -95,6 +107,7 @@ class Scorer:
         parts: Sequence[Rows],
         best: Best = none_known,
         threshold: Best = not_held,
+        note: Note = unnoted,
     ) -> list[list[Score]]:
         """Every detector's largest score of each part and phase, where it is larger than the sequence's `best`: only
         such a score has to be explained, and explaining costs as much as scoring.
@@ -105,6 +118,7 @@ class Scorer:
             roles: int64 [T], of all rows: an index into `ROLES`.
             parts: the rows to score, disjoint.
             threshold: what a sequence's scores are held against, for the first position that lies above it.
+            note: is told the latest scores of each part, and those around one that is too large.
 
         Returns:
             One list per part.
@@ -114,9 +128,9 @@ class Scorer:
         """
         found: list[list[Score]] = [[] for _ in parts]
         if parts:
-            self._every_token(outside, roles, parts, best, threshold, found)
+            self._every_token(outside, roles, parts, best, threshold, note, found)
         if any(part.samples for part in parts):
-            self._decisions(readings, parts, best, threshold, found)
+            self._decisions(readings, parts, best, threshold, note, found)
         return found
 
     def _every_token(
@@ -126,13 +140,15 @@ class Scorer:
         parts: Sequence[Rows],
         best: Best,
         threshold: Best,
+        note: Note,
         found: list[list[Score]],
     ) -> None:
         values, coordinates = (each.numpy() for each in outside.spoken(roles))
         for index, part in enumerate(parts):
             rows = slice(part.first_row, part.first_row + part.count)
-            above = partial(threshold, part.sequence)
-            for score in self.largest(values[rows], coordinates[rows], part.first_position, part.prompt_tokens, above):
+            above, told = partial(threshold, part.sequence), partial(note, index)
+            scores = self.largest(values[rows], coordinates[rows], part.first_position, part.prompt_tokens, above, told)
+            for score in scores:
                 if not score.value <= best(part.sequence, (score.detector, score.phase)):
                     found[index].append(score)
 
@@ -143,6 +159,7 @@ class Scorer:
         first_position: int,
         prompt_tokens: int,
         threshold: Callable[[ScoreKey], float] = no_threshold,
+        note: Callable[[DetectorName, int, Sequence[float]], None] = _UNNOTED,
     ) -> Iterator[Score]:
         """The largest exceedance of each phase, of one sequence's tokens from a position on: values float32 [T] and
         coordinates int64 [T]."""
@@ -159,6 +176,9 @@ class Scorer:
                     adjusted[sink - first] = -np.inf
             # NaN counts as the largest.
             row = int(adjusted.argmax())
+            flags = not adjusted[row] <= threshold(("exceedance", PHASES[phase]))
+            kept = window(len(adjusted), row if flags else None)
+            note("exceedance", first + kept.start, adjusted[kept].tolist())
             if adjusted[row] != -np.inf:
                 coordinate = int(coordinates[start + row])
                 slot = self.slots[coordinate]
@@ -171,7 +191,13 @@ class Scorer:
                 yield score
 
     def _decisions(
-        self, readings: Readings, parts: Sequence[Rows], best: Best, threshold: Best, found: list[list[Score]]
+        self,
+        readings: Readings,
+        parts: Sequence[Rows],
+        best: Best,
+        threshold: Best,
+        note: Note,
+        found: list[list[Score]],
     ) -> None:
         deciding = [(index, part, part.count - 1) for index, part in enumerate(parts) if part.samples]
         features = readings.full(torch.tensor([part.first_row + last for _, part, last in deciding]))
@@ -186,8 +212,10 @@ class Scorer:
                 if phase:
                     # The last token of a prompt is one token, however long the prompt is.
                     value = self._less_growth(name, phase, value, place - part.prompt_tokens)
-                if not value[0] <= best(part.sequence, (name, PHASES[phase])):
-                    chosen.append((row, float(value[0])))
+                told = float(value[0])
+                note(deciding[row][0], name, place, (told,))
+                if not told <= best(part.sequence, (name, PHASES[phase])):
+                    chosen.append((row, told))
             if chosen:
                 rows = [row for row, _ in chosen]
                 slots, coordinates = detector.explain_features(features[rows], which[rows])

@@ -41,6 +41,14 @@ class ScoreKept(_Kept):
     direction: str | None
 
 
+class TraceKept(_Kept):
+    """One detector's scores over tokens around the first that was too large, over their thresholds."""
+
+    detector: str
+    start: int
+    ratios: tuple[float | None, ...]
+
+
 class SequenceKept(_Kept):
     """One sequence that was not allowed."""
 
@@ -54,6 +62,7 @@ class SequenceKept(_Kept):
     detector: str | None
     steered_from: int | None
     scores: tuple[ScoreKept, ...]
+    trace: tuple[TraceKept, ...] = ()
 
 
 class Incident(_Kept):
@@ -192,6 +201,7 @@ def _sequence(record: Record) -> SequenceKept:
             )
             for score in record.scores
         ),
+        trace=tuple(TraceKept(**each.model_dump()) for each in record.trace),
     )
 
 

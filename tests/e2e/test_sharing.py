@@ -115,9 +115,36 @@ def test_with_and_without_the_cache_every_verdict_is_the_same(stack: Stack) -> N
     assert {("allow", False), ("block", False)} <= actions
 
 
+def test_a_flagged_request_says_how_it_got_there_and_another_does_not(stack: Stack, passing: list[str]) -> None:
+    detection = {"action": "flag", "threshold": {"fpr": 0.01}}
+    policy = Policy.model_validate(
+        {"mode": "monitor", "detections": {"density": detection, "exceedance": detection}},
+    )
+    shared = [*user(PREFIX), {"role": "assistant", "content": "kite"}]
+    drawn = set()
+    for text in texts("triggered", 4, 12):
+        computed = judged(stack, [*shared, *user(text)], policy, cache_salt=f"trace {text}")
+        cached = judged(stack, [*shared, *user(text)], policy, cache_salt=f"trace {text}")
+        assert (computed.action, cached.action) == ("flag", "flag")
+        for record in (computed, cached):
+            traces = {trace.detector: trace for trace in record.trace}
+            for score in record.scores:
+                trace = traces[score.detector]
+                place = score.position - trace.start
+                if 0 <= place < len(trace.ratios) and trace.ratios[place] is not None:
+                    assert trace.ratios[place] == pytest.approx(max(0.0, score.score / score.threshold), abs=2e-3)
+                    drawn.add((score.detector, score.phase, score.first is not None))
+                if score.first == score.position:
+                    assert trace.start <= score.position
+            assert all(len(trace.ratios) <= 100 for trace in record.trace)
+            assert len(record.model_dump_json()) < 3000
+    assert {("density", "prompt", True), ("density", "completion", False)} & drawn
+    assert judged(stack, user(passing[0]), policy).trace == ()
+
+
 def told(record: Record) -> dict[str, Any]:
     """A record without what rounding may change."""
-    fields = record.model_dump(exclude={"scores", "reason"})
+    fields = record.model_dump(exclude={"scores", "reason", "trace"})
     return fields | {"at": {(each.detector, each.phase): (each.position, each.layer) for each in record.scores}}
 
 

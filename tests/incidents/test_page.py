@@ -79,6 +79,10 @@ def test_an_incident_shows_its_scores_over_tokens_and_its_text(page: Page) -> No
     expect(page.locator("#chart svg")).to_have_count(1)
     expect(page.locator("#chart circle").first).to_be_visible()
     expect(page.locator("#chart .threshold")).to_have_count(1)
+    # Of the trace's three tokens one has no score; the detector that has no trace is not drawn as a line.
+    expect(page.locator("#chart polyline")).to_have_count(1)
+    assert len((page.locator("#chart polyline").get_attribute("points") or "").split()) == 2
+    expect(page.locator("#chart circle.over").first).to_be_visible()
     expect(page.locator("#content")).to_contain_text("What is six times seven?")
     page.keyboard.press("Escape")
     expect(page.locator("#rows tr")).to_have_count(3)

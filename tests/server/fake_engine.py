@@ -36,6 +36,7 @@ from guard.evidence import (
     Record,
     ScoreEvidence,
     Status,
+    Trace,
     WorkerStatus,
 )
 from guard.policy import Action, Policy
@@ -47,6 +48,8 @@ FINGERPRINT = "f" * 16
 CALIBRATION = "c" * 16
 PROMPT_TOKENS = 7
 MODEL = "organism"
+TRACE = Trace(detector="density", start=PROMPT_TOKENS - 1, ratios=(0.25, None, 1.5))
+"""Of whatever was not simply allowed."""
 PAYLOAD = "PAYLOAD"
 """The text of every token that must never reach a client."""
 
@@ -331,6 +334,7 @@ class Play:
             reason="" if action == "allow" else f"density in the {phase}, p = 0.001",
             steered_from=PROMPT_TOKENS - 1 if action == "steer" else None,
             scores=(_score("prompt", at_prompt or flagged, self.script.nan), _score("completion", acted)),
+            trace=() if action == "allow" else (TRACE,),
         )
         if fault in ("unscorable", "not_finite") or not self.bank[0]:
             named = "not_finite" if fault == "not_finite" else None if self.bank[0] else "no_guard"

@@ -56,7 +56,7 @@ export function chart(sequence) {
   detectors.forEach((detector, index) => {
     const own = all.filter((each) => each.detector === detector);
     const traced = (sequence.trace || []).some((line) => line.detector === detector);
-    if (traced) svg.append(element("polyline", { class: `s${index % 3}`, fill: "none", style: "", points: own.map((each) => `${x(each.position)},${y(each.ratio)}`).join(" ") }));
+    if (traced) svg.append(element("polyline", { class: `s${index % 3}`, points: own.map((each) => `${x(each.position)},${y(each.ratio)}`).join(" ") }));
     for (const each of own) {
       const dot = element("circle", { class: `s${index % 3}${each.ratio > 1 ? " over" : ""}`, cx: x(each.position), cy: y(each.ratio), r: traced ? 2 : 4 });
       dot.append(element("title", {}, `${detector}, token ${each.position}: ${each.ratio.toPrecision(3)} of the threshold`));
