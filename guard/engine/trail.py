@@ -26,12 +26,16 @@ class Trail:
         """Scores of tokens from position `first` on."""
         if self._left == 0:
             return
-        if self.points and first - self.points[-1][0] > _GAP:
+        last = self.points[-1][0] if self.points else -1
+        # What a preempted sequence computes again is known already.
+        new = [(position, value) for position, value in enumerate(values, first) if position > last]
+        if not new:
+            return
+        if self.points and new[0][0] - last > _GAP:
             if self._left is not None:
                 self._left = 0
                 return
             self.points.clear()
-        new = list(enumerate(values, first))
         if self._left is not None:
             new = new[: self._left]
             self._left -= len(new)

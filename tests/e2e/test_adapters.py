@@ -157,7 +157,7 @@ def test_a_prompt_in_the_cache_keeps_the_score_of_its_own_adapter(scenes: dict[s
         # Pieces of other sizes round otherwise.
         for score, other in zip(second["record"].scores, first["record"].scores, strict=True):
             assert score.score == pytest.approx(other.score, rel=1e-4, abs=1e-5)
-        without = {"scores": (), "reason": ""}
+        without = {"scores": (), "reason": "", "trace": ()}
         assert second["record"].model_copy(update=without) == first["record"].model_copy(update=without)
 
 

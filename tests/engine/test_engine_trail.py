@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from guard.engine.ledger import Ledger
 from guard.engine.runner import Rows
@@ -118,6 +120,29 @@ def test_a_trail_is_bounded_whatever_it_is_told() -> None:
     trail.add(5000, [2.0])
     trail.add(2054, [2.0])
     assert trail.points[-1] == (2053, 1.0), "once it was flagged it ends where its place does"
+
+
+def test_what_a_preempted_sequence_computes_again_is_told_once() -> None:
+    book = seen(admitted(policy(raw=10.0)))
+    for position in range(PROMPT, PROMPT + 6):
+        step(book, position, 1.0)
+    book.note(SEQUENCE, "density", 0, [5.0] * (PROMPT + 4))
+    step(book, PROMPT + 4, 1.0)
+    step(book, PROMPT + 6, 20.0)
+    [trace] = record(book).trace
+    assert (trace.start, trace.ratios) == (PROMPT, (0.1,) * 6 + (2.0,))
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70), st.booleans()), max_size=12))
+def test_positions_rise_and_are_few_whatever_comes(told: list[tuple[int, int, bool]]) -> None:
+    trail = Trail()
+    for first, count, settles in told:
+        trail.add(first, [0.0] * count)
+        if settles:
+            trail.settle()
+        positions = [position for position, _ in trail.points]
+        assert positions == sorted(set(positions))
+        assert len(positions) <= BEFORE + AFTER
 
 
 @pytest.mark.parametrize(

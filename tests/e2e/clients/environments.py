@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from guard.cache import cache_folder
 from tests.programs import ProgramError, fetched
@@ -46,9 +46,14 @@ def node_modules() -> Path:
 
     def make(target: Path) -> None:
         archive = fetched(f"{REGISTRY}/{OPENAI_NODE}", OPENAI_NODE_DIGEST)
+        # All of npm's packages stand in a folder `package`. The archive is the one that was looked at: it is pinned.
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(target, filter="data")
-        (target / "package").rename(target / "openai")
+            for member in filter(tarfile.TarInfo.isfile, files):
+                place = target / "openai" / PurePosixPath(member.name).relative_to("package")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                content = files.extractfile(member)
+                assert content is not None
+                place.write_bytes(content.read())
 
     return _made_once("node_modules", OPENAI_NODE_DIGEST.encode(), make)
 
