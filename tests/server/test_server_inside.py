@@ -286,3 +286,22 @@ def test_a_watch_that_fails_is_begun_again(
         finally:
             engine.status = status()
     assert found
+
+
+def test_a_stream_that_breaks_before_its_first_event_is_no_stream(engine: FakeEngine, enforce: Proxy) -> None:
+    engine.script = Script(cut_after=0, fault="missing")
+    answer = enforce.post(CHAT, chat_body(stream=True))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "upstream_unavailable")
+
+
+def test_a_stream_without_any_event_is_no_stream() -> None:
+    async def nothing(_: Request) -> Response:
+        return Response(b"", media_type="text/event-stream")
+
+    async def tell(_: Request) -> Response:
+        return Response(status().model_dump_json(), media_type="application/json")
+
+    routes = [Route(STATUS_PATH, tell), Route(CHAT, nothing, methods=["POST"])]
+    with hosted(Starlette(routes=routes)) as host, hosted(create_app(settings_for(host.url)), "on") as server:
+        answer = Proxy(server).post(CHAT, chat_body(stream=True))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "upstream_unavailable")
