@@ -9,6 +9,9 @@ from starlette.requests import Request
 from server.config.sections import Limits
 from server.errors import ApiError
 
+_CLOSES = {"connection": "close"}
+"""Or the rest of the body would be read, however long it is, to keep the connection."""
+
 
 async def read_body(request: Request, limits: Limits) -> bytes:
     """The whole body. Raises ApiError 408, 413 or 415; ClientDisconnect where the client leaves meanwhile.
@@ -31,9 +34,10 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     raise _too_large(limits)
                 parts.append(part)
     except TimeoutError:
-        raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from None
+        raise ApiError(408, "The body did not arrive in time.", code="body_timeout", headers=_CLOSES) from None
     return b"".join(parts)
 
 
 def _too_large(limits: Limits) -> ApiError:
-    return ApiError(413, f"The body is larger than {limits.max_body_bytes} bytes.", code="body_too_large")
+    message = f"The body is larger than {limits.max_body_bytes} bytes."
+    return ApiError(413, message, code="body_too_large", headers=_CLOSES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -205,3 +207,19 @@ def test_more_answers_than_the_limit_are_a_bad_request_that_names_it(body: bytes
         read_call(TEXT, body)
     assert caught.value.status == 400
     assert "64 answers at most" in caught.value.message
+
+
+def test_who_sends_a_gigabyte_is_cut_off_long_before(engine: FakeEngine, enforce: Proxy) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    part = b"10000\r\n" + b"a" * 0x10000 + b"\r\n"
+    sent = 0
+    with socket.create_connection(("127.0.0.1", enforce.host.port), timeout=20) as client:
+        client.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while sent < 2**30:
+                client.sendall(part)
+                sent += len(part)
+    # What the kernel takes before the end of the connection comes to its sender.
+    assert sent < 2**30 / 16
+    assert engine.bodies == []
+    assert enforce.post("/v1/chat/completions", {"model": "m", "messages": []}).status_code == 200
