@@ -351,7 +351,7 @@ def test_ready_means_that_a_canary_was_scored(engine: FakeEngine, alone: Proxy) 
     )
     assert (canary["reason"], canary["generation"]) == (None, 1)
     assert abs(datetime.now(UTC) - datetime.fromisoformat(canary["at"])) < timedelta(seconds=30)
-    assert 0 < canary["seconds"] < 10
+    assert 0 <= canary["seconds"] < 10  # to the millisecond
 
 
 def test_a_canary_without_full_coverage_is_not_ready(engine: FakeEngine, alone: Proxy) -> None:
